@@ -1,0 +1,1 @@
+"""What keeps the book and the package one: tangling, syncing, agreement."""
