@@ -1,0 +1,1164 @@
+"""Training: a loop you can believe
+
+Chapter: book/training.md
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from math import ceil, inf, isfinite, isnan, nan
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from sklearn.exceptions import UndefinedMetricWarning
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm import tqdm
+
+from mtl_annotated.features import Batch, Encoder, FeatureEmbedding
+from mtl_annotated.tasks import (
+    METRICS,
+    Task,
+    check_metrics,
+    measure,
+    predictions,
+    task_losses,
+)
+
+
+# Chapter 'Training', section 'The smallest model'
+def task_positions(
+    tasks: Sequence[Task], names: Iterable[str] | None
+) -> tuple[int, ...]:
+    """Where the named tasks stand among `tasks`, in the order of the names."""
+    found = [task.name for task in tasks]
+    if names is None:
+        return tuple(range(len(found)))
+    names = [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in names if name not in found]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"tasks: expected different names out of {', '.join(found)}; found {names}"
+        )
+    return tuple(found.index(name) for name in names)
+
+
+# Chapter 'Training', section 'The smallest model'
+class Ranker(nn.Module):
+    """A model of an encoder's tasks: embedding, then trunk, then towers.
+
+    A subclass sets `trunk` and `towers` in its `__init__`. One that reads its
+    logits in another way overrides `losses` and `predictions`; one that adds up
+    the tasks in another way overrides `joint`. `tasks` chooses tasks by name.
+
+    Raises: ValueError where a name is not a task of the encoder.
+    """
+
+    trunk: nn.Module
+    towers: nn.Module
+
+    def __init__(self, encoder: Encoder, *, tasks: Iterable[str] | None = None) -> None:
+        super().__init__()
+        self.label_index = task_positions(encoder.tasks, tasks)
+        self.tasks = tuple(encoder.tasks[index] for index in self.label_index)
+        self.outputs = tuple(name for task in self.tasks for name in task.outputs)
+        self.embedding = FeatureEmbedding(encoder)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "batch outputs"]:
+        """The logits of every task, in the order of `outputs`."""
+        return self.towers(self.trunk(self.embedding(batch)))
+
+    def labels(self, batch: Batch) -> Float[Tensor, "batch tasks"]:
+        """The label columns of the model's own tasks."""
+        if self.label_index == tuple(range(batch.labels.shape[1])):
+            return batch.labels
+        return torch.stack([batch.labels[:, index] for index in self.label_index], 1)
+
+    def losses(
+        self, batch: Batch, logits: Float[Tensor, "batch outputs"] | None = None
+    ) -> Float[Tensor, " tasks"]:
+        """Each task's mean loss over its valid labels; `logits` saves a forward."""
+        logits = self(batch) if logits is None else logits
+        return task_losses(logits, self.labels(batch), self.tasks, batch.weights)
+
+    def joint(self, losses: Float[Tensor, " tasks"]) -> Float[Tensor, ""]:
+        """The number that training lowers: the losses, weighted and added."""
+        if all(task.weight == 1 for task in self.tasks):
+            return losses.sum()
+        weighted = [
+            task.weight * loss for task, loss in zip(self.tasks, losses, strict=True)
+        ]
+        return torch.stack(weighted).sum()
+
+    @final
+    def loss(self, batch: Batch) -> Float[Tensor, ""]:
+        """`joint(losses(batch))`; override one of those two, not this."""
+        return self.joint(self.losses(batch))
+
+    def predictions(
+        self, batch: Batch, logits: Float[Tensor, "batch outputs"] | None = None
+    ) -> Float[Tensor, "batch outputs"]:
+        """Probabilities and values, a column for each name in `outputs`."""
+        return predictions(self(batch) if logits is None else logits, self.tasks)
+
+
+# Chapter 'Training', section 'Batches are slices'
+def batches(
+    rows: Batch, order: Int[Tensor, " rows"], batch_size: int
+) -> Iterator[Batch]:
+    """The rows in the given order, in batches; the last one may be smaller."""
+    for chosen in order.split(batch_size):
+        yield rows[chosen]
+
+
+# Chapter 'Training', section 'The same numbers twice'
+def epoch_seeds(seed: int, epoch: int) -> tuple[int, int]:
+    """Two seeds of an epoch: for its shuffle, and for its noise (dropout)."""
+    shuffle, noise = np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64)
+    return int(shuffle), int(noise)
+
+
+# Chapter 'Training', section 'The same numbers twice'
+def shuffled_order(rows: int, seed: int) -> Int[Tensor, " rows"]:
+    """A permutation of the row numbers, the same on every device."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+
+
+# Chapter 'Training', section 'The same numbers twice'
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's own randomness in the block, and give it back after it."""
+    used = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=used, device_type=device.type):
+        torch.default_generator.manual_seed(seed)
+        for each in used:
+            state = torch.Generator(device=each).manual_seed(seed).get_state()
+            torch.get_device_module(each).set_rng_state(state, each)
+        yield
+
+
+# Chapter 'Training', section 'Looking must not touch'
+@contextmanager
+def restored_modes(model: nn.Module) -> Iterator[None]:
+    """Give every submodule, after the block, the train or eval mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# Chapter 'Training', section 'Looking must not touch'
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients in the block; modes are restored after it."""
+    with restored_modes(model), torch.no_grad():
+        model.eval()
+        yield
+
+
+# Chapter 'Training', section 'Looking must not touch'
+def frozen_parts(model: nn.Module) -> list[nn.Module]:
+    """Submodules in eval mode in a model in train mode: frozen on purpose."""
+    return [part for part in model.modules() if model.training and not part.training]
+
+
+# Chapter 'Training', section 'Looking must not touch'
+def train_mode(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
+    """Train mode for the whole model, except for what its owner froze."""
+    model.train()
+    for part in frozen:
+        part.training = False
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def positive(name: str, value: Any, *, whole: bool = False) -> None:
+    """Refuse what is not a finite number above zero (a whole one, if asked)."""
+    fits = isinstance(value, Integral if whole else Real)
+    if not fits or isinstance(value, bool) or not isfinite(value) or not value > 0:
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name}: expected {kind} above 0, found {value!r}")
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Refuse a value that is not among the choices."""
+    choices = list(choices)
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: unknown {value!r}, choose from {listed}")
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def check_ranker(model: Any) -> None:
+    """Refuse what has no losses and outputs of its own."""
+    if not isinstance(model, Ranker):
+        raise TypeError(
+            f"model: expected a Ranker, found {type(model).__name__}; to"
+            " compile a model in place, call model.compile()"
+        )
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def check_batch(name: str, rows: Any) -> None:
+    """Refuse rows that are not encoded, and a batch without rows."""
+    if not isinstance(rows, Batch):
+        raise TypeError(
+            f"{name}: expected a Batch, which encoder.transform(table) gives;"
+            f" found {type(rows).__name__}"
+        )
+    if not len(rows):
+        raise ValueError(f"{name}: expected at least one row, found none")
+
+
+SCORING_ROWS = 8192
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the model lives, and in which floating-point type."""
+    first = next(each for each in model.parameters() if each.is_floating_point())
+    return first.device, first.dtype
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def slices(rows: Batch, size: int) -> Iterator[Batch]:
+    """The rows in their own order, `size` at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def predict(
+    model: Ranker,
+    batch: Batch,
+    *,
+    batch_size: int = SCORING_ROWS,
+    device: torch.device | str | None = None,
+) -> pd.DataFrame:
+    """Probabilities and values: a row for each row, a column for each output.
+
+    `device` moves the model there, as `model.to(device)` does.
+    Raises: TypeError, ValueError for what is no model, no batch or no size.
+    """
+    check_ranker(model)
+    check_batch("batch", batch)
+    positive("batch_size", batch_size, whole=True)
+    place = home(model if device is None else model.to(device))
+    with scoring(model):
+        values = torch.cat(
+            [
+                model.predictions(part.to(*place)).cpu()
+                for part in slices(batch, batch_size)
+            ]
+        )
+    return pd.DataFrame(values.numpy(), columns=list(model.outputs))
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def measured(
+    model: Ranker,
+    batch: Batch,
+    predicted: np.ndarray,
+    groups: Any,
+    metrics: Iterable[str] | None,
+) -> pd.DataFrame:
+    """`measure` for the model's own tasks."""
+    return measure(
+        model.labels(batch).cpu().numpy(),
+        predicted,
+        model.tasks,
+        weights=None if batch.weights is None else batch.weights.cpu().numpy(),
+        groups=groups,
+        metrics=metrics,
+    )
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def evaluate(
+    model: Ranker,
+    batch: Batch,
+    *,
+    groups: Any = None,
+    metrics: Iterable[str] | None = None,
+    batch_size: int = SCORING_ROWS,
+    device: torch.device | str | None = None,
+) -> pd.DataFrame:
+    """Metrics on labeled rows: a row for each task.
+
+    `groups` holds an id for each row and adds `grouped_auc`; `metrics` names a
+    choice of metrics, all if None. NaN where a metric does not fit the task.
+    Raises: as `predict` and `measure` do.
+    """
+    predicted = predict(model, batch, batch_size=batch_size, device=device)
+    return measured(model, batch, predicted.to_numpy(), groups, metrics)
+
+
+# Chapter 'Training', section 'Which epoch was best?'
+@dataclass(frozen=True)
+class Monitor:
+    """The number that says which epoch was best, and which way is better."""
+
+    name: str
+    tasks: tuple[str, ...]
+    metric: str | None
+    higher_is_better: bool
+
+    def score(self, joint: float, figures: pd.DataFrame) -> float:
+        """The number of one epoch; NaN as soon as one of its tasks has NaN."""
+        if self.metric is None:
+            return joint
+        return float(figures.loc[list(self.tasks), self.metric].mean(skipna=False))
+
+    def best(self, scores: Sequence[float]) -> int:
+        """Position of the best score, the first of equals; NaN is never better."""
+        worst = -inf if self.higher_is_better else inf
+        known = [worst if isnan(score) else score for score in scores]
+        return known.index(max(known) if self.higher_is_better else min(known))
+
+
+# Chapter 'Training', section 'Which epoch was best?'
+def monitors(tasks: Sequence[Task], metrics: Iterable[str]) -> dict[str, Monitor]:
+    """Every monitor that these tasks and metrics allow, by its name."""
+    found = {"loss": Monitor("loss", (), None, False)}
+    for metric in metrics:
+        higher = METRICS[metric].higher_is_better
+        names = [task.name for task in tasks if task.kind in METRICS[metric].kinds]
+        if higher is None or not names:
+            continue
+        for label, members in [
+            ("mean", names),
+            *((name, [name]) for name in names),
+        ]:
+            name = f"{label}/{metric}"
+            found[name] = Monitor(name, tuple(members), metric, higher)
+    return found
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+}
+
+
+# Chapter 'Training', section 'Settings'
+def named_optimizer(
+    name: str, parameters: list[nn.Parameter], **options: Any
+) -> Optimizer:
+    """An optimizer by its name, with the fused step where torch has one."""
+    here = {parameter.device.type for parameter in parameters}
+    if name != "adagrad" and here <= {"cpu", "cuda"}:
+        options["fused"] = True
+    return OPTIMIZERS[name](parameters, **options)
+
+
+# Chapter 'Training', section 'Settings'
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the numbers of a run; `fit` says what each means."""
+
+    _: KW_ONLY
+    epochs: int
+    batch_size: int = 256
+    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] = "adam"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    scheduler: Callable[[Optimizer], Any] | None = None
+    schedule: str = "epoch"
+    monitor: str = "loss"
+    patience: int | None = None
+    train_metrics: bool = True
+    metrics: tuple[str, ...] | None = None
+    clip_norm: float | None = None
+    precision: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+# Chapter 'Training', section 'Settings'
+def check_settings(settings: Settings) -> None:
+    """Refuse sizes and rates that cannot be, and words that mean nothing."""
+    for name in (
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "patience",
+        "clip_norm",
+    ):
+        value = getattr(settings, name)
+        optional = name in ("patience", "clip_norm")
+        if value is not None or not optional:
+            whole = name not in ("learning_rate", "clip_norm")
+            positive(name, value, whole=whole)
+    for name in ("weight_decay", "seed"):
+        if getattr(settings, name) != 0:
+            positive(name, getattr(settings, name), whole=name == "seed")
+    one_of("schedule", settings.schedule, ("epoch", "batch"))
+    one_of("precision", settings.precision, (None, "bf16"))
+    if not callable(settings.optimizer):
+        one_of("optimizer", settings.optimizer, OPTIMIZERS)
+
+
+# Chapter 'Training', section 'Settings'
+def build_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
+    """The optimizer of the parameters that want a gradient.
+
+    Raises: ValueError, TypeError where a callable is combined with a learning
+    rate or a weight decay, or returns something else.
+    """
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if isinstance(settings.optimizer, str):
+        return named_optimizer(
+            settings.optimizer, parameters, lr=rate, weight_decay=decay
+        )
+    if (rate, decay) != (Settings.learning_rate, Settings.weight_decay):
+        raise ValueError(
+            "learning_rate and weight_decay belong to an optimizer chosen by"
+            " name; set them inside your callable"
+        )
+    optimizer = settings.optimizer(parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            "optimizer: expected a callable that returns a torch Optimizer, it"
+            f" returned {type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+# Chapter 'Training', section 'A record'
+class History(pd.DataFrame):
+    """A run's figures: a row for each epoch, set of rows and task.
+
+    Columns: `epoch` (from 1), `rows`, `task`, `loss`, `learning_rate` (at the
+    epoch's first step), then metrics. `rows` is "train", "valid" or a name from
+    `also`, scored after the epoch; "batches" is the mean of the losses seen
+    while training. `attrs` holds `monitor`, its `scores` and `best_epoch`.
+    """
+
+    @property
+    def _constructor(self) -> Callable[..., pd.DataFrame]:
+        return History
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch whose weights the model got; None without valid rows."""
+        return self.attrs.get("best_epoch")
+
+    def curves(self, metric: str = "loss") -> Any:
+        """A matplotlib Figure: a color for each task, a dash for each rows."""
+        import matplotlib.pyplot as plt
+
+        one_of("metric", metric, [name for name in self.columns if name not in KEYS])
+        figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+        colors = {task: f"C{k}" for k, task in enumerate(self["task"].unique())}
+        for (task, name), part in self.groupby(["task", "rows"], sort=False):
+            if part[metric].notna().any():
+                dashes = DASHES.get(str(name), "-.")
+                (line,) = axes.plot(part["epoch"], part[metric], dashes)
+                line.set(color=colors[task], label=f"{task}, {name}")
+        axes.set(xlabel="epoch", ylabel=metric.replace("_", " "))
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        return figure
+
+
+KEYS = ("epoch", "rows", "task", "learning_rate")
+DASHES = {"batches": ":", "train": "--", "valid": "-"}
+
+
+REDRAW_SECONDS = 0.5
+
+
+# Chapter 'Training', section 'A record'
+class Progress:
+    """A bar that is redrawn by the clock: a step costs a look at the time."""
+
+    def __init__(self, names: Sequence[str], total: int, done: int, shown: bool):
+        self.names, self.waiting = names, 0
+        self.due = 0.0 if shown else inf
+        self.bar = tqdm(total=total, initial=done, unit="batch", disable=not shown)
+
+    def step(self, losses: Float[Tensor, " tasks"]) -> None:
+        """Count a batch; now and then show its losses, and wait for them."""
+        self.waiting += 1
+        if time.monotonic() >= self.due:
+            self.show("batch", losses.tolist())
+
+    def show(self, title: str, losses: Iterable[float]) -> None:
+        """Show each task's loss under the title, and all batches counted so far."""
+        figures = zip(self.names, losses, strict=True)
+        self.bar.set_description(title, refresh=False)
+        self.bar.set_postfix(
+            {name: f"{loss:.4f}" for name, loss in figures}, refresh=False
+        )
+        self.bar.update(self.waiting)
+        self.waiting, self.due = 0, max(self.due, time.monotonic() + REDRAW_SECONDS)
+
+
+# Chapter 'Training', section 'One epoch'
+def label_mass(model: Ranker, rows: Batch) -> Float[Tensor, "rows tasks"]:
+    """How much each label counts: 0 if it is missing, else its row's weight."""
+    mass = (~model.labels(rows).isnan()).to(rows.dense.dtype)
+    return mass if rows.weights is None else mass * rows.weights.unsqueeze(1)
+
+
+# Chapter 'Training', section 'One epoch'
+def epoch_means(
+    losses: Float[Tensor, "steps tasks"],
+    mass: Float[Tensor, "rows tasks"],
+    batch_size: int,
+) -> Float[Tensor, " tasks"]:
+    """An epoch's mean losses, each batch counted by the labels that it held."""
+    missing = len(losses) * batch_size - len(mass)
+    padded = nn.functional.pad(mass, (0, 0, 0, missing))
+    shares = padded.view(len(losses), batch_size, -1).sum(1)
+    return (losses * shares).sum(0) / shares.sum(0)
+
+
+# Chapter 'Training', section 'One epoch'
+def check_finite(
+    tasks: Sequence[Task], losses: Float[Tensor, "parts tasks"], where: str
+) -> None:
+    """Refuse the first loss that is not finite; `where` has a {} for a part."""
+    broken = (~losses.isfinite()).nonzero()
+    if len(broken):
+        part, task = broken[0].tolist()
+        raise FloatingPointError(
+            f"task {tasks[task].name!r}: the loss became"
+            f" {losses[part, task].item()} {where.format(part + 1)}; try a"
+            " smaller learning_rate, a clip_norm, or labels on a smaller scale"
+        )
+
+
+# Chapter 'Training', section 'One epoch'
+class Run:
+    """One call of `fit`: what it carries from epoch to epoch."""
+
+    def __init__(
+        self,
+        model: Ranker,
+        rows: Mapping[str, Batch],
+        settings: Settings,
+        groups: Mapping[str, Any],
+    ) -> None:
+        self.model, self.settings, self.groups = model, settings, groups
+        self.device, dtype = home(model)
+        self.rows = {name: each.to(self.device, dtype) for name, each in rows.items()}
+        self.steps = ceil(len(rows["train"]) / settings.batch_size)
+        self.frozen = frozen_parts(model)
+        self.optimizer = build_optimizer(model, settings)
+        make = settings.scheduler
+        self.scheduler: Any = None if make is None else make(self.optimizer)
+        self.facts = settings_facts(settings, self.optimizer, self.scheduler)
+        self.monitor = self.named_monitor()
+        self.epoch, self.rate = 0, nan
+        self.records: list[dict[Any, Any]] = []
+        self.latest: tuple[str, list[float]] = ("", [])
+        self.scores: list[float] = []
+        self.best: dict[str, Any] | None = None
+
+    def autocast(self) -> Any:
+        """The context in which a forward may use bfloat16, if that was asked."""
+        if self.settings.precision is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def step(self, batch: Batch) -> Float[Tensor, " tasks"]:
+        """Forward, backward, update. The losses stay on the device."""
+        with self.autocast():
+            losses = self.model.losses(batch)
+            joint = self.model.joint(losses)
+        self.optimizer.zero_grad()
+        joint.backward()
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self.optimizer.step()
+        if self.scheduler is not None and self.settings.schedule == "batch":
+            self.scheduler.step()
+        return losses.detach()
+
+    def train_epoch(self, progress: Progress) -> None:
+        """One pass over the training rows, in an order that is the epoch's own."""
+        rows, size = self.rows["train"], self.settings.batch_size
+        shuffle, noise = epoch_seeds(self.settings.seed, self.epoch)
+        order = shuffled_order(len(rows), shuffle).to(self.device)
+        self.rate = float(self.optimizer.param_groups[0]["lr"])
+        losses = []
+        train_mode(self.model, self.frozen)
+        with seeded(self.device, noise):
+            for batch in batches(rows, order, size):
+                losses.append(self.step(batch))
+                progress.step(losses[-1])
+        self.epoch += 1
+        found = torch.stack(losses)
+        where = f"in epoch {self.epoch}, batch {{}} of {self.steps}"
+        check_finite(self.model.tasks, found, where)
+        means = epoch_means(found, label_mass(self.model, rows)[order], size)
+        self.record("batches", means)
+
+    def record(
+        self,
+        name: str,
+        losses: Float[Tensor, " tasks"],
+        figures: pd.DataFrame | None = None,
+    ) -> None:
+        """Note the losses and metrics of one set of rows after an epoch."""
+        for task, loss in zip(self.model.tasks, losses.tolist(), strict=True):
+            row = {
+                "epoch": self.epoch,
+                "rows": name,
+                "task": task.name,
+                "loss": loss,
+                "learning_rate": self.rate,
+            }
+            more = {} if figures is None else figures.loc[task.name].to_dict()
+            self.records.append({**row, **more})
+        if name in RESERVED:
+            self.latest = name, losses.tolist()
+
+    def score(self, name: str) -> tuple[float, Tensor, pd.DataFrame]:
+        """A set of rows as the model sees it now: joint loss, losses, metrics."""
+        rows, names = self.rows[name], list(self.metrics(name))
+        with scoring(self.model):
+            logits = torch.cat(
+                [self.model(part) for part in slices(rows, SCORING_ROWS)]
+            )
+            losses = self.model.losses(rows, logits)
+            joint = float(self.model.joint(losses))
+            predicted = self.model.predictions(rows, logits).cpu().numpy()
+        where = f"on the rows {name!r} after epoch {self.epoch}"
+        check_finite(self.model.tasks, losses.unsqueeze(0), where)
+        losses = losses.where(label_mass(self.model, rows).sum(0) > 0, nan)
+        figures = measured(self.model, rows, predicted, self.groups.get(name), names)
+        return joint, losses, figures[names]
+
+    def metrics(self, name: str) -> tuple[str, ...]:
+        """The metrics of a set of rows; those of groups only if it has groups."""
+        grouped, names = name in self.groups, self.settings.metrics
+        if names is not None and not grouped:
+            names = tuple(each for each in names if not METRICS[each].needs_groups)
+        return check_metrics(names, self.model.tasks, grouped=grouped)
+
+    def score_epoch(self) -> None:
+        """Score every set of rows; keep the weights if they are the best so far."""
+        for name in self.rows:
+            if name == "train" and not self.settings.train_metrics:
+                continue
+            joint, losses, figures = self.score(name)
+            self.record(name, losses, figures)
+            if name == "valid":
+                self.scores.append(self.monitor.score(joint, figures))
+                if self.best_epoch == self.epoch:
+                    self.best = copy.deepcopy(self.model.state_dict())
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The best epoch so far; None without validation rows."""
+        return self.monitor.best(self.scores) + 1 if self.scores else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is done, or patience has run out."""
+        patience, best = self.settings.patience, self.best_epoch
+        if patience is not None and best is not None and self.epoch - best >= patience:
+            return True
+        return self.epoch >= self.settings.epochs
+
+    def restore_best(self) -> None:
+        """Give the model the weights of its best epoch, if there is one."""
+        if self.best is not None:
+            self.model.load_state_dict(self.best)
+
+    def schedule_epoch(self) -> None:
+        """Step a scheduler that counts epochs; tell one of plateaus the score."""
+        if self.scheduler is None or self.settings.schedule == "batch":
+            return
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(self.scores[-1])
+        else:
+            self.scheduler.step()
+
+    def history(self) -> History:
+        """The figures noted so far."""
+        history = History(self.records)
+        history.attrs["monitor"] = self.settings.monitor
+        history.attrs["scores"] = list(self.scores)
+        history.attrs["best_epoch"] = self.best_epoch
+        return history
+
+    def named_monitor(self) -> Monitor:
+        """The monitor that the settings name; refuses one that no task has."""
+        choices = monitors(self.model.tasks, self.metrics("valid"))
+        one_of("monitor", self.settings.monitor, choices)
+        return choices[self.settings.monitor]
+
+    def try_monitor(self) -> None:
+        """Refuse a monitor that has no number on these validation rows."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UndefinedMetricWarning)
+            joint, losses, figures = self.score("valid")
+        if losses.isnan().all() or isnan(self.monitor.score(joint, figures)):
+            why = "; ".join(dict.fromkeys(str(each.message) for each in caught))
+            raise ValueError(
+                f"monitor: {self.monitor.name!r} is undefined on the valid rows ({why})"
+            )
+
+    def check_plateau(self) -> None:
+        """Refuse a plateau scheduler that looks the other way, or at batches."""
+        mode = "max" if self.monitor.higher_is_better else "min"
+        found = self.scheduler.mode, self.settings.schedule
+        if found != (mode, "epoch"):
+            raise ValueError(
+                f"scheduler: with monitor={self.monitor.name!r}, ReduceLROnPlateau"
+                f" needs mode={mode!r} and schedule='epoch', found {found[0]!r}"
+                f" and {found[1]!r}"
+            )
+
+    def check_monitor(self) -> None:
+        """Refuse what waits for a score that never comes."""
+        plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+        monitored = self.monitor.name != "loss"
+        if "valid" in self.rows:
+            if plateau:
+                self.check_plateau()
+            self.try_monitor()
+        elif plateau or monitored or self.settings.patience is not None:
+            asked = {
+                "ReduceLROnPlateau": plateau,
+                "a monitor": monitored,
+                "patience": True,
+            }
+            name = next(name for name, wanted in asked.items() if wanted)
+            raise ValueError(f"{name} needs valid rows, found valid=None")
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What may not differ between a file and the run that resumes from it."""
+        rows = {f"rows {name}": digest(each) for name, each in self.rows.items()}
+        for name, values in self.groups.items():
+            codes, _ = pd.factorize(pd.Series(values))
+            rows[f"groups {name}"] = hashlib.blake2b(codes.tobytes()).hexdigest()[:16]
+        return model_facts(self.model) | self.facts | rows
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a later process needs to carry on from here."""
+        return {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "epoch": self.epoch,
+            "records": self.records,
+            "scores": self.scores,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler and self.scheduler.state_dict(),
+        }
+
+    def resume(self, path: Path) -> None:
+        """Carry on from the file. Raises: ValueError where it is of another run."""
+        state = load_checkpoint(path, self.device)
+        check_same(path, state["fingerprint"], self.fingerprint)
+        if state["epoch"] > self.settings.epochs:
+            raise ValueError(
+                f"checkpoint {path} holds {state['epoch']} epochs already; expected"
+                f" at most epochs={self.settings.epochs}"
+            )
+        self.epoch, self.best = state["epoch"], state["best"]
+        self.records, self.scores = state["records"], state["scores"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+
+
+RESERVED = ("batches", "train", "valid")
+
+
+# Chapter 'Training', section 'Refused before the first step'
+def named_rows(
+    train: Batch, valid: Batch | None, also: Mapping[str, Batch] | None
+) -> dict[str, Batch]:
+    """All sets of rows by name; refuses taken names and what is no batch."""
+    rows = {"train": train} | ({} if valid is None else {"valid": valid})
+    for name, each in (also or {}).items():
+        if not isinstance(name, str) or not name or name in RESERVED:
+            raise ValueError(
+                f"also: {name!r} cannot name rows; expected a text other than"
+                f" {', '.join(RESERVED)}"
+            )
+        rows[name] = each
+    for name, each in rows.items():
+        check_batch(name, each)
+    return rows
+
+
+# Chapter 'Training', section 'Refused before the first step'
+def check_labels(model: Ranker, train: Batch) -> None:
+    """Refuse training rows in which a task has no label at all."""
+    seen = (label_mass(model, train).sum(0) > 0).tolist()
+    names = [
+        task.name for task, some in zip(model.tasks, seen, strict=True) if not some
+    ]
+    if names:
+        raise ValueError(
+            f"train: no label for task {', '.join(map(repr, names))} in"
+            f" {len(train)} rows; leave the task out with tasks=, or add rows"
+        )
+
+
+# Chapter 'Training', section 'Refused before the first step'
+def check_groups(groups: Mapping[str, Any], rows: Mapping[str, Batch]) -> None:
+    """Refuse groups of unknown rows, or another number of them than rows."""
+    for name, values in groups.items():
+        one_of("groups", name, rows)
+        if len(values) != len(rows[name]):
+            raise ValueError(
+                f"groups[{name!r}]: expected {len(rows[name])} values, one for"
+                f" each row, found {len(values)}"
+            )
+
+
+# Chapter 'Training', section 'Refused before the first step'
+def check_precision(model: Ranker, precision: str | None) -> None:
+    """Refuse weights below 32 bits, and autocast where it would do nothing."""
+    found = home(model)[1]
+    fits = (torch.float32,) if precision else (torch.float32, torch.float64)
+    if found not in fits:
+        raise ValueError(
+            f"model: with precision={precision!r} expected weights of"
+            f" {' or '.join(map(str, fits))}, found {found}"
+        )
+
+
+# Chapter 'Training', section 'A file to resume from'
+def digest(rows: Batch) -> str:
+    """A short text that any other value or order of the rows would change."""
+    found = hashlib.blake2b(digest_size=8)
+    for values in (rows.ids, rows.dense, rows.labels, rows.weights):
+        if values is not None:
+            found.update(repr(values.shape).encode())
+            found.update(values.cpu().contiguous().numpy().tobytes())
+    return f"{len(rows)} rows, digest {found.hexdigest()}"
+
+
+# Chapter 'Training', section 'A file to resume from'
+def plain_text(value: Any) -> str:
+    """`repr` without memory addresses, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+# Chapter 'Training', section 'A file to resume from'
+def model_facts(model: Ranker) -> dict[str, str]:
+    """Class, tasks, modules and parameters of a model, in words to compare."""
+    found = {"model class": type(model).__qualname__}
+    found |= {f"task {task.name}": plain_text(task) for task in model.tasks}
+    for name, module in model.named_modules():
+        found[f"module {name}"] = f"{type(module).__name__}({module.extra_repr()})"
+    for name, parameter in model.named_parameters():
+        found[f"parameter {name}"] = f"{parameter.dtype} {list(parameter.shape)}"
+    return found
+
+
+# Chapter 'Training', section 'A file to resume from'
+def settings_facts(
+    settings: Settings, optimizer: Optimizer, scheduler: Any
+) -> dict[str, str]:
+    """The settings in words to compare, without `epochs`, which may grow."""
+    found = {f"setting {name}": plain_text(v) for name, v in vars(settings).items()}
+    del found["setting epochs"]
+    groups = [{**group, "params": None} for group in optimizer.param_groups]
+    found["setting optimizer"] = f"{type(optimizer).__name__} {plain_text(groups)}"
+    if scheduler is not None:
+        state = plain_text(scheduler.state_dict())
+        found["setting scheduler"] = f"{type(scheduler).__name__} {state}"
+    return found
+
+
+# Chapter 'Training', section 'A file to resume from'
+def check_same(
+    path: Path, found: Mapping[str, str], expected: Mapping[str, str]
+) -> None:
+    """Refuse a file of another model, other rows or other settings."""
+    lines = []
+    for name in {**expected, **found}:
+        there, here = found.get(name, "none"), expected.get(name, "none")
+        if there != here:
+            lines.append(f"{name}: {there} in the file, {here} here")
+    if lines:
+        raise ValueError(
+            f"checkpoint {path} is of another run; delete it or choose another"
+            f" path. {len(lines)} differences, at most five shown:\n"
+            + "\n".join(lines[:5])
+        )
+
+
+# Chapter 'Training', section 'A file to resume from'
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a file so that a kill or a full disk leaves the old one or the new.
+
+    Raises: OSError where it cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except Exception as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"checkpoint {path} could not be written: {error}; a file that was"
+            " there before is as it was"
+        ) from error
+
+
+FORMAT = "mtl_annotated checkpoint 1"
+
+
+# Chapter 'Training', section 'A file to resume from'
+def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; nothing in the file is executed.
+
+    Raises: ValueError where the file is no checkpoint of `fit`.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"checkpoint {path}: not readable as one ({error})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {path}: expected a file that fit wrote")
+    return state
+
+
+# Chapter 'Training', section '`fit`'
+def prepare(
+    model: Ranker,
+    rows: Mapping[str, Batch],
+    settings: Settings,
+    groups: Mapping[str, Any],
+    device: torch.device | str | None,
+) -> Run:
+    """A run about to start; what would spoil it later is refused here."""
+    check_ranker(model)
+    check_labels(model, rows["train"])
+    check_groups(groups, rows)
+    check_metrics(settings.metrics, model.tasks, grouped=bool(groups))
+    check_precision(model, settings.precision)
+    if device is not None:
+        model.to(device)
+    run = Run(model, rows, settings, groups)
+    run.check_monitor()
+    return run
+
+
+# Chapter 'Training', section '`fit`'
+def carry_out(run: Run, path: Path | None, shown: bool) -> History:
+    """Carry a run to its end, from its file if there is one."""
+    if path is not None and path.exists():
+        run.resume(path)
+    names = [task.name for task in run.model.tasks]
+    total, done = run.settings.epochs * run.steps, run.epoch * run.steps
+    progress = Progress(names, total, done, shown)
+    with restored_modes(run.model), closing(progress.bar):
+        try:
+            while not run.finished:
+                run.train_epoch(progress)
+                run.score_epoch()
+                run.schedule_epoch()
+                if path is not None:
+                    save_checkpoint(path, run.state())
+                name, losses = run.latest
+                progress.show(f"epoch {run.epoch}, {name}", losses)
+        finally:
+            run.restore_best()
+    return run.history()
+
+
+# Chapter 'Training', section '`fit`'
+def checkpoint_path(checkpoint: str | Path | None) -> Path | None:
+    """The path of a file; refuses a folder, and a folder that is not there."""
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ValueError(f"checkpoint: expected a file in a folder, found {path}")
+    return path
+
+
+# Chapter 'Training', section '`fit`'
+def fit(
+    model: Ranker,
+    train: Batch,
+    valid: Batch | None = None,
+    *,
+    epochs: int,
+    batch_size: int = 256,
+    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] = "adam",
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    scheduler: Callable[[Optimizer], Any] | None = None,
+    schedule: str = "epoch",
+    monitor: str = "loss",
+    patience: int | None = None,
+    also: Mapping[str, Batch] | None = None,
+    train_metrics: bool = True,
+    metrics: str | Iterable[str] | None = None,
+    groups: Mapping[str, Any] | None = None,
+    clip_norm: float | None = None,
+    precision: str | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> History:
+    """Train the model in place; it ends with its best weights on valid rows.
+
+    Args:
+        epochs: passes over the training rows, at most.
+        optimizer: "adam", "adamw", "sgd" or "adagrad", with `learning_rate` and
+            `weight_decay`; or a callable from parameters to an optimizer.
+        scheduler: a callable from the optimizer to a scheduler, stepped after
+            each epoch, or with `schedule="batch"` after each batch.
+        monitor: what says which epoch is best on the validation rows: "loss"
+            (the joint one), "task/metric" or "mean/metric" (mean over tasks).
+        patience: stop after so many epochs without a better one, if given.
+        also: further rows by name, scored after each epoch, never chosen by.
+        train_metrics: score the training rows too after each epoch.
+        metrics: names of metrics; all that fit the tasks if None.
+        groups: for names of rows, an id for each row, for `grouped_auc`.
+        clip_norm: largest norm of the gradient of all parameters together.
+        precision: "bf16" computes the forward pass in bfloat16.
+        device: moves the model there first; else it is trained where it is.
+        seed: decides shuffles and noise, not the weights to start from.
+        checkpoint: a file, written after each epoch, resumed from if it exists.
+
+    Raises: TypeError, ValueError for input that does not fit; OSError for a file
+        that cannot be written; FloatingPointError for a loss that is not finite.
+    """
+    names = (metrics,) if isinstance(metrics, str) else metrics
+    settings = Settings(
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        scheduler=scheduler,
+        schedule=schedule,
+        monitor=monitor,
+        patience=patience,
+        train_metrics=train_metrics,
+        metrics=None if names is None else tuple(names),
+        clip_norm=clip_norm,
+        precision=precision,
+        seed=seed,
+    )
+    path = checkpoint_path(checkpoint)
+    rows = named_rows(train, valid, also)
+    run = prepare(model, rows, settings, groups or {}, device)
+    return carry_out(run, path, progress)
+
+
+# Chapter 'Training', section 'Many copies at once'
+def check_replicas(models: Sequence[nn.Module]) -> None:
+    """Refuse models that are not copies of one architecture in one mode."""
+    if not models:
+        raise ValueError("replicas: expected at least one model, found none")
+    found = [
+        (repr(model), [(k, v.shape) for k, v in model.state_dict().items()])
+        for model in models
+    ]
+    for index, (each, model) in enumerate(zip(found, models, strict=True)):
+        if each != found[0] or model.training != models[0].training:
+            raise ValueError(
+                f"replicas: model {index} differs from model 0 in modules,"
+                " sizes or mode; expected copies of one architecture"
+            )
+
+
+# Chapter 'Training', section 'Many copies at once'
+def flat(name: str) -> str:
+    """A parameter's name without dots, which torch does not accept in one."""
+    return name.replace(".", "__")
+
+
+# Chapter 'Training', section 'Many copies at once'
+class Replicas(nn.Module):
+    """S models of one architecture, run as one batched program.
+
+    Parameters and buffers get a leading axis S. Train the sum of the S losses
+    with an elementwise optimizer, and each replica learns as it would alone.
+    What mixes all parameters, such as clipping by their norm, breaks that.
+
+    Raises: ValueError for no models, or models that differ.
+    """
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        super().__init__()
+        models = list(models)
+        check_replicas(models)
+        self.size, self.template = len(models), (copy.deepcopy(models[0]),)
+        parameters, buffers = torch.func.stack_module_state(models)
+        self.names = [*parameters, *buffers]
+        for name, values in parameters.items():
+            stacked = nn.Parameter(values.detach(), values.requires_grad)
+            self.register_parameter(flat(name), stacked)
+        for name, values in buffers.items():
+            self.register_buffer(flat(name), values)
+        self.train(models[0].training)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        self.template[0]._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Any:
+        self.template[0].train(mode)
+        return super().train(mode)
+
+    def stacked(self) -> dict[str, Tensor]:
+        """Weights and buffers by their names in one replica, each `[S, ...]`."""
+        return {name: getattr(self, flat(name)) for name in self.names}
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Inputs `[S, ...]` to outputs `[S, ...]`; replica s sees slice s alone."""
+        for values in inputs:
+            if values.shape[:1] != (self.size,):
+                raise ValueError(
+                    f"replicas: expected inputs [{self.size}, ...], found"
+                    f" {list(values.shape)}; x.expand({self.size}, *x.shape)"
+                    " shares one x"
+                )
+
+        def one(weights: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Any:
+            return torch.func.functional_call(self.template[0], weights, inputs)
+
+        return torch.vmap(one, randomness="different")(self.stacked(), inputs)
+
+    def replica(self, index: int) -> nn.Module:
+        """An ordinary module with a copy of one replica's weights."""
+        module = copy.deepcopy(self.template[0])
+        named = dict(module.named_parameters()) | dict(module.named_buffers())
+        with torch.no_grad():
+            for name, values in self.stacked().items():
+                named[name].copy_(values[index])
+        return module
