@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cycler import cycler
-from matplotlib import style
+from matplotlib import rcsetup, style
 
 
 # Chapter 'How this book is woven', section 'A decorator that grows a class'
@@ -75,7 +74,7 @@ GRAY_PARTS = (
     "boxplot.flierprops.markeredgecolor",
 )
 STYLE = dict.fromkeys(GRAY_PARTS, GRAY) | {
-    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.prop_cycle": rcsetup.cycler(color=PALETTE),
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",

@@ -1,0 +1,212 @@
+"""Shared bottom: one representation, many towers
+
+Chapter: book/shared_bottom.md
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from numbers import Integral, Real
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mtl_annotated.features import Encoder
+from mtl_annotated.tasks import Task, check_tasks
+from mtl_annotated.training import Ranker
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+}
+NORMALIZATIONS: dict[str, type[nn.Module]] = {
+    "none": nn.Identity,
+    "batch": nn.BatchNorm1d,
+    "layer": nn.LayerNorm,
+}
+
+
+# Chapter 'Shared bottom', section 'The multilayer perceptron'
+def chosen(what: str, name: str, choices: Mapping[str, type[nn.Module]]):
+    """The module class of that name; refuses an unknown name with the valid ones."""
+    if name not in choices:
+        raise ValueError(f"unknown {what} {name!r}, choose from {', '.join(choices)}")
+    return choices[name]
+
+
+# Chapter 'Shared bottom', section 'The multilayer perceptron'
+def checked_units(what: str, units: Sequence[int]) -> tuple[int, ...]:
+    """Layer widths as a tuple of positive integers."""
+    if isinstance(units, str) or not isinstance(units, Sequence):
+        raise TypeError(f"{what}: expected layer widths like (64, 32), found {units!r}")
+    for width in units:
+        whole = isinstance(width, Integral) and not isinstance(width, bool)
+        if not whole or width < 1:
+            raise ValueError(f"{what}: expected widths of at least 1, found {units!r}")
+    return tuple(int(width) for width in units)
+
+
+# Chapter 'Shared bottom', section 'The multilayer perceptron'
+class MLP(nn.Sequential):
+    """Linear layers, each followed by normalization, activation and dropout.
+
+    `[batch, inputs]` to `[batch, width]`, where `width` is the last of `units`, or
+    `inputs` if there are none. With `normalization="batch"` a training batch needs
+    at least two rows.
+
+    Raises:
+        ValueError: an unknown activation or normalization, a width below 1, or a
+            dropout outside [0, 1).
+        TypeError: `units` that are no sequence.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        units: Sequence[int],
+        *,
+        activation: str = "relu",
+        normalization: str = "none",
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a number in [0, 1), found {dropout!r}")
+        widths = checked_units("inputs", (inputs,)) + checked_units("units", units)
+        normalize = chosen("normalization", normalization, NORMALIZATIONS)
+        activate = chosen("activation", activation, ACTIVATIONS)
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            layers.append(nn.Linear(width_in, width_out, bias=bias))
+            if normalization != "none":
+                layers.append(normalize(width_out))
+            layers.append(activate())
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        super().__init__(*layers)
+        self.width: int = widths[-1]
+
+
+# Chapter 'Shared bottom', section 'Towers'
+class Towers(nn.ModuleDict):
+    """One tower a task: hidden layers, then a linear layer to the task's logits.
+
+    `units` are the hidden widths, the same for every task, or a mapping from the
+    task's name to its widths. `options` go to every tower's `MLP`.
+
+    Raises:
+        ValueError: `units` names other tasks than `tasks`, or a task's name cannot
+            name a module.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        tasks: Sequence[Task],
+        units: Sequence[int] | Mapping[str, Sequence[int]] = (64, 32),
+        **options,
+    ) -> None:
+        super().__init__()
+        for task in check_tasks(tasks):
+            if hasattr(self, task.name):
+                raise ValueError(
+                    f"task {task.name!r}: PyTorch modules reserve this name"
+                )
+            mlp = MLP(inputs, tower_units(units, task.name, tasks), **options)
+            output = nn.Linear(mlp.width, task.width)
+            self[task.name] = nn.Sequential(OrderedDict(hidden=mlp, output=output))
+
+    def forward(
+        self, features: Float[Tensor, "batch tasks units"]
+    ) -> Float[Tensor, "batch outputs"]:
+        """Logits, in the order of the tasks."""
+        slices = zip(self.values(), features.unbind(1), strict=True)
+        return torch.cat([tower(own) for tower, own in slices], dim=1)
+
+
+# Chapter 'Shared bottom', section 'Towers'
+def tower_units(
+    units: Sequence[int] | Mapping[str, Sequence[int]], name: str, tasks: Sequence[Task]
+) -> Sequence[int]:
+    """The hidden widths of one task's tower."""
+    if not isinstance(units, Mapping):
+        return checked_units("tower_units", units)
+    names = [task.name for task in tasks]
+    if sorted(units) != sorted(names):
+        raise ValueError(
+            f"tower_units name the tasks {sorted(units)}, expected {sorted(names)}"
+        )
+    return checked_units(f"tower_units[{name!r}]", units[name])
+
+
+# Chapter 'Shared bottom', section 'The shared bottom'
+class SharedBottomLayer(nn.Module):
+    """One MLP whose output every task reads.
+
+    `[batch, inputs]` to `[batch, tasks, units]`; the tasks' slices are one memory.
+
+    Raises: ValueError for sizes below 1; as `MLP` raises.
+
+    Source: Caruana (1997), "Multitask Learning", section 1; Ma et al. (2018),
+    section 3.1, equation 1.
+    """
+
+    def __init__(
+        self, inputs: int, units: Sequence[int] = (128, 128), *, tasks: int, **options
+    ) -> None:
+        super().__init__()
+        if tasks < 1:
+            raise ValueError(f"tasks must be at least 1, found {tasks}")
+        self.bottom = MLP(inputs, units, **options)
+        self.width: int = self.bottom.width
+        self.tasks = tasks
+
+    def forward(
+        self, features: Float[Tensor, "batch inputs"]
+    ) -> Float[Tensor, "batch tasks units"]:
+        """The bottom's output, once for each task."""
+        return self.bottom(features)[:, None, :].expand(-1, self.tasks, -1)
+
+
+# Chapter 'Shared bottom', section 'The model'
+class SharedBottom(Ranker):
+    """Hard parameter sharing: one bottom for all tasks, one tower a task.
+
+    With one task it is the plain network that multi-task models are measured
+    against. `options` (activation, normalization, dropout, bias) go to the bottom
+    and to every tower.
+
+    Args:
+        encoder: says which columns there are and which tasks.
+        bottom_units: widths of the bottom's layers.
+        tower_units: widths of each tower's hidden layers, for all tasks or by name.
+        tasks: names of the encoder's tasks that this model learns; all if None.
+
+    Raises:
+        ValueError, TypeError: an unknown task or option, or sizes that are no
+            positive integers; as `MLP` and `Towers` raise.
+
+    Source: Caruana (1997), "Multitask Learning", Machine Learning 28, 41-75.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        bottom_units: Sequence[int] = (128, 128),
+        tower_units: Sequence[int] | Mapping[str, Sequence[int]] = (64, 32),
+        tasks: Sequence[str] | None = None,
+        **options,
+    ) -> None:
+        super().__init__(encoder, tasks=tasks)
+        bottom = checked_units("bottom_units", bottom_units)
+        self.trunk = SharedBottomLayer(
+            self.embedding.width, bottom, tasks=len(self.tasks), **options
+        )
+        self.towers = Towers(self.trunk.width, self.tasks, tower_units, **options)

@@ -1,0 +1,110 @@
+"""What the prose says of an experiment must hold in the outputs that stand beside it.
+
+nbval checks that the outputs are reproduced; this checks that the words fit them, so
+that a changed seed or size cannot leave a sentence behind.
+"""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+BOOK = Path(__file__).parents[1] / "book"
+GAIN = re.compile(r"(\d+) labels\s+(.+?)\s+([+-][\d.]+) ± ([\d.]+)")
+
+
+def printed(name):
+    """All text that a stored notebook prints or shows."""
+    cells = nbformat.read(BOOK / f"{name}.ipynb", as_version=4).cells
+    outputs = [out for cell in cells for out in cell.get("outputs", [])]
+    texts = [
+        out.get("text") or out.get("data", {}).get("text/plain", "") for out in outputs
+    ]
+    return "\n".join(texts)
+
+
+@pytest.fixture(scope="module")
+def gains():
+    found = {
+        (int(labels), runner): (float(mean), float(half))
+        for labels, runner, mean, half in GAIN.findall(printed("shared_bottom"))
+    }
+    assert len(found) == 8
+    return found
+
+
+def test_scarce_labels_of_the_same_task_gain_nearly_half_of_the_error(gains):
+    mean, half = gains[100, "shared, p = 1"]
+    single = float(
+        re.search(r"100 +single +1\.0 +([\d.]+)", printed("shared_bottom"))[1]
+    )
+    assert 0.4 * single < mean - half / 2 < mean < 0.5 * single
+
+
+@pytest.mark.parametrize("runner", ["shuffled", "shared, p = 0.5", "shared, p = 0"])
+def test_scarce_labels_gain_nothing_from_other_tasks_or_shuffled_labels(gains, runner):
+    mean, half = gains[100, runner]
+    assert abs(mean) <= half
+
+
+def test_plenty_of_labels_and_different_tasks_cost(gains):
+    text = printed("shared_bottom")
+    single = float(re.search(r"4000 +single +1\.0 +([\d.]+)", text)[1])
+    for runner in ("shared, p = 0.5", "shared, p = 0"):
+        mean, half = gains[4000, runner]
+        assert mean + half < -0.03
+        assert 0.6 < -mean / single < 0.85
+    assert abs(gains[4000, "shared, p = 1"][0]) < 0.015
+    mean, half = gains[4000, "shuffled"]
+    assert abs(mean) <= half
+
+
+def test_a_wider_bottom_removes_most_of_the_cost():
+    found = re.search(
+        r"bottom of 12: ([\d.]+)  of 24: ([\d.]+)  single task: ([\d.]+)",
+        printed("shared_bottom"),
+    )
+    tight, wide, single = map(float, found.groups())
+    assert wide - single < 0.3 * (tight - single)
+
+
+def test_a_reversed_task_is_as_good_as_the_same():
+    found = re.search(
+        r"p = -1: ([\d.]+)  p = 1: ([\d.]+)  single task: ([\d.]+)",
+        printed("shared_bottom"),
+    )
+    flipped, same, single = map(float, found.groups())
+    assert abs(flipped - same) < 0.5 * (single - flipped)
+
+
+def adult(model, with_relationship):
+    half = printed("adult").split("True         logistic", 1)[1].split("False ", 1)
+    text = "logistic" + half[0] if with_relationship else half[1]
+    income, _, never, _ = re.search(
+        rf"{model} +(\S+) +(\S+) +(\S+) +(\S+)", text
+    ).groups()
+    return float(income), float(never)
+
+
+def test_adult_lands_where_the_floors_are_known_to_be():
+    assert adult("logistic regression", True) == pytest.approx(
+        (0.904, 0.962), abs=0.002
+    )
+    assert adult("boosted trees", True) == pytest.approx((0.926, 0.963), abs=0.002)
+    assert adult("shared bottom", True) == pytest.approx((0.909, 0.963), abs=0.003)
+
+
+def test_adult_trees_lead_and_one_column_makes_the_second_task():
+    for kept in (True, False):
+        trees = adult("boosted trees", kept)
+        for model in ("single task", "shared bottom"):
+            assert adult(model, kept)[0] < trees[0]
+    for model in (
+        "logistic regression",
+        "boosted trees",
+        "single task",
+        "shared bottom",
+    ):
+        assert adult(model, True)[1] > 0.96
+        assert adult(model, False)[1] < 0.89
