@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate, pairwise
 from numbers import Real
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import sklearn.metrics
 import torch
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from sklearn.exceptions import UndefinedMetricWarning
 from torch import Tensor
@@ -33,6 +33,11 @@ def checked_name(name: Any) -> str:
         raise ValueError(
             f"task name {name!r}: expected a string that is not empty and"
             " holds no '.', because it names parameters"
+        )
+    if name == "mean":
+        raise ValueError(
+            "task name 'mean': reserved, because training calls the mean of a"
+            " metric over all tasks 'mean/auc'"
         )
     return name
 
@@ -57,6 +62,20 @@ def checked_weight(name: str, weight: Any) -> float:
 
 
 # Chapter 'Tasks', section 'A task is a name, a kind and a column'
+def checked_values(name: str, values: Any) -> list:
+    """The label's values as plain ones; refuses what JSON cannot hold."""
+    values = pd.Index(values).tolist()
+    for value in values:
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not isinstance(value, (str, int, float)) or not finite:
+            raise ValueError(
+                f"task {name!r}: a class must be a text, a boolean or a finite"
+                f" number, to be stored as JSON; found {value!r}"
+            )
+    return values
+
+
+# Chapter 'Tasks', section 'A task is a name, a kind and a column'
 def checked_classes(name: str, kind: str, classes: Any) -> int | tuple | None:
     """A multiclass task's classes: their number, or a tuple of plain values."""
     if kind != "multiclass":
@@ -69,8 +88,8 @@ def checked_classes(name: str, kind: str, classes: Any) -> int | tuple | None:
     values = []
     if count:
         values = list(range(classes))
-    elif classes is not None and not isinstance(classes, str):
-        values = pd.Index(classes).tolist()
+    elif isinstance(classes, Iterable) and not isinstance(classes, (str, Set, Mapping)):
+        values = checked_values(name, classes)
     # The values name outputs, so 1 and "1" would be one name for two columns.
     if len(values) < 2 or len(set(map(str, values))) < len(values):
         raise ValueError(
@@ -186,15 +205,16 @@ def masked_mean(
     valid: Bool[Tensor, "batch tasks"],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " tasks"]:
-    """The weighted mean of each column's valid rows; 0 where there is none.
+    """The mean over each column's valid rows, times their weights; 0 if none.
 
-    A value that is not valid must still be finite, or its gradient becomes NaN.
+    The denominator counts the valid rows; a row of weight 0 is not valid. What
+    made a value that is not valid must have a finite derivative, or the gradient
+    becomes NaN.
     """
-    shares = valid.to(values.dtype)
     if weights is not None:
-        shares = shares * weights.to(values.dtype).unsqueeze(1)
-    mass = shares.sum(0)
-    return (values * shares).sum(0) / mass.where(mass > 0, 1)
+        column = weights.to(values.dtype).unsqueeze(1)
+        values, valid = values * column, valid & (column > 0)
+    return values.where(valid, 0).sum(0) / valid.sum(0).clamp(min=1)
 
 
 # Chapter 'Tasks', section 'Rows without a label'
@@ -218,6 +238,21 @@ def check_shapes(outputs: Any, labels: Any, tasks: tuple, weights: Any = None) -
 
 
 # Chapter 'Tasks', section 'Rows without a label'
+def row_losses(
+    tasks: Iterable[Task],
+    logits: Float[Tensor, "batch outputs"],
+    labels: Float[Tensor, "batch tasks"],
+) -> Float[Tensor, "batch tasks"]:
+    """`row_loss` for each task, side by side; no label may be NaN."""
+    tasks = tuple(tasks)
+    if all(task.kind == "binary" for task in tasks):
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    parts = zip(tasks, output_slices(tasks), labels.unbind(1), strict=True)
+    losses = [row_loss(task, logits[:, part], own) for task, part, own in parts]
+    return torch.stack(losses, 1)
+
+
+# Chapter 'Tasks', section 'Rows without a label'
 def task_losses(
     logits: Float[Tensor, "batch outputs"],
     labels: Float[Tensor, "batch tasks"],
@@ -227,21 +262,17 @@ def task_losses(
     """Each task's mean loss over the rows with its label; 0 where none has it.
 
     Labels are NaN where missing. Labels are not checked to be 0, 1 or a class:
-    the encoder does that once, and not at every step.
+    the encoder does that once, and not at every step. A weight multiplies its
+    row's loss; the mean divides by the number of labels on rows of weight > 0.
     Raises: ValueError where a shape does not fit the tasks.
     Source: Tang et al. (2020), PLE, equation 9, over a batch, with row weights.
     """
     tasks = check_tasks(tasks)
     check_shapes(logits, labels, tasks, weights)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    slices = output_slices(tasks)
     valid = ~labels.isnan()
     known = labels.where(valid, 0).to(logits.dtype)
-    losses = [
-        row_loss(task, logits[:, part], known[:, k])
-        for k, (task, part) in enumerate(zip(tasks, slices, strict=True))
-    ]
-    return masked_mean(torch.stack(losses, 1), valid, weights)
+    return masked_mean(row_losses(tasks, logits, known), valid, weights)
 
 
 # Chapter 'Tasks', section 'Rows without a label'
@@ -265,7 +296,11 @@ def joint_loss(
 def predictions(
     logits: Float[Tensor, "batch outputs"], tasks: Iterable[Task]
 ) -> Float[Tensor, "batch outputs"]:
-    """Probabilities for binary and multiclass tasks; the others as they are."""
+    """Probabilities for binary and multiclass tasks; the others as they are.
+
+    In the precision of the logits, at least 32 bits. There a sigmoid is exactly
+    1 for logits above about 17, and such rows tie; in 64 bits, above about 37.
+    """
     tasks = check_tasks(tasks)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     parts = []
@@ -302,7 +337,9 @@ def auc(
 ) -> float:
     """The chance that a row with label 1 is scored above one with label 0.
 
-    A tie counts half. NaN where all labels are equal.
+    `labels` (0 or 1), `predicted` (any scores) and `weights` are [rows]. A tie
+    counts half, a pair the product of its weights. NaN where all labels are equal.
+    Raises: ValueError for NaN, lengths that differ and weights in error.
     """
     labels = np.asarray(labels, float)
     if len(np.unique(labels)) < 2:
@@ -319,7 +356,9 @@ def log_loss(
 ) -> float:
     """The mean negative logarithm of the probability given to what happened.
 
-    `predicted` is [rows] for labels 0 and 1, [rows, classes] for positions.
+    `labels` and `weights` are [rows]. `predicted` is [rows] for labels 0 and 1,
+    [rows, classes] for positions. The mean is weighted by row.
+    Raises: ValueError for what is no label or probability, for lengths that differ.
     """
     predicted = np.asarray(predicted, float)
     classes = 2
@@ -389,12 +428,15 @@ def calibration_error(
 
 
 # Chapter 'Tasks', section 'The right pairs: grouped AUC'
-def group_codes(groups: Any, rows: int) -> np.ndarray:
-    """Groups as integers 0, 1, ...; refuses missing ones and a wrong length."""
+def group_codes(groups: Any, rows: int, counted: Any = True) -> np.ndarray:
+    """Groups as integers 0, 1, ..., -1 where missing on rows that do not count.
+
+    Raises: ValueError for a wrong length, or one missing on a counted row.
+    """
     codes, _ = pd.factorize(pd.Series(groups))
     if len(codes) != rows:
         raise ValueError(f"groups: expected {rows} values, found {len(codes)}")
-    missing = int((codes < 0).sum())
+    missing = int(((codes < 0) & counted).sum())
     if missing:
         raise ValueError(
             f"groups: {missing} of {rows} values are missing;"
@@ -435,7 +477,7 @@ def grouped_auc(
     weights = checked_row_weights(weights, len(labels))
     if not np.isin(labels, (0, 1)).all() or np.isnan(scores).any():
         raise ValueError("grouped_auc: expected labels of 0 or 1, scores not NaN")
-    codes = group_codes(groups, len(labels))
+    codes = group_codes(groups, len(labels), weights > 0)
     wins = wins_by_group(labels, scores, codes, weights)
     wins = wins[(wins["ones"] > 0) & (wins["zeros"] > 0)]
     if wins.empty:
@@ -448,7 +490,11 @@ def grouped_auc(
 def rmse(
     labels: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None
 ) -> float:
-    """The root mean squared error, in the label's unit."""
+    """The root mean squared error, in the label's unit.
+
+    All arguments are [rows]; the mean is weighted by row.
+    Raises: ValueError for NaN and lengths that differ.
+    """
     return float(
         sklearn.metrics.root_mean_squared_error(
             labels, predicted, sample_weight=weights
@@ -460,7 +506,11 @@ def rmse(
 def mae(
     labels: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None
 ) -> float:
-    """The mean absolute error, in the label's unit."""
+    """The mean absolute error, in the label's unit.
+
+    All arguments are [rows]; the mean is weighted by row.
+    Raises: ValueError for NaN and lengths that differ.
+    """
     return float(
         sklearn.metrics.mean_absolute_error(labels, predicted, sample_weight=weights)
     )
@@ -470,7 +520,12 @@ def mae(
 def accuracy(
     labels: ArrayLike, predicted: ArrayLike, weights: ArrayLike | None = None
 ) -> float:
-    """The share of rows whose most probable class is the label's position."""
+    """The share of rows whose most probable class is the label's position.
+
+    `labels` and `weights` are [rows], `predicted` is [rows, classes]. The share
+    is one of weight.
+    Raises: ValueError for NaN labels and lengths that differ.
+    """
     best = np.asarray(predicted).argmax(1)
     return float(sklearn.metrics.accuracy_score(labels, best, sample_weight=weights))
 
@@ -510,9 +565,9 @@ METRICS: dict[str, Metric] = {
 def check_metrics(
     metrics: Iterable[str] | None, tasks: tuple[Task, ...], *, grouped: bool
 ) -> tuple[str, ...]:
-    """The metrics' names; by default all that fit one of the tasks."""
+    """The metrics' names, each once; by default all that fit one of the tasks."""
+    kinds = {task.kind for task in tasks}
     if metrics is None:
-        kinds = {task.kind for task in tasks}
         return tuple(
             name
             for name, metric in METRICS.items()
@@ -523,9 +578,15 @@ def check_metrics(
         if name not in METRICS:
             valid = ", ".join(METRICS)
             raise ValueError(f"unknown metric {name!r}, choose from {valid}")
+        if not kinds & {*METRICS[name].kinds}:
+            fitting = " and ".join(METRICS[name].kinds)
+            raise ValueError(
+                f"metric {name!r} is for {fitting} tasks, found only"
+                f" {' and '.join(sorted(kinds))}"
+            )
         if METRICS[name].needs_groups and not grouped:
             raise ValueError(f"metric {name!r} needs groups, found none")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 # Chapter 'Tasks', section 'A row per task'
@@ -558,20 +619,25 @@ def check_predictions(task: Task, predicted: np.ndarray) -> None:
 
 
 # Chapter 'Tasks', section 'A row per task'
-def warn_undefined(task: Task, metric: str, labels: np.ndarray) -> None:
-    """Say why a metric of a task is undefined on these labels."""
-    why = "no group holds both a 0 and a 1"
-    if not len(labels):
-        why = "no row has a label"
-    elif (labels == labels[0]).all():
-        why = f"all {len(labels)} labels are {labels[0]:g}"
-    elif metric == "predicted_over_observed":
-        why = "the mean label is 0"
-    warnings.warn(
-        f"task {task.name!r}: {metric} is undefined: {why}",
-        UndefinedMetricWarning,
-        stacklevel=4,
-    )
+def warn_undefined(task: Task, metrics: list[str], labels: np.ndarray) -> None:
+    """Say why metrics of a task are undefined on these labels, once a reason."""
+    reasons: dict[str, list[str]] = {}
+    for metric in metrics:
+        why = "no group holds both a 0 and a 1"
+        if not len(labels):
+            why = "no row has a label"
+        elif (labels == labels[0]).all():
+            why = f"all {len(labels)} labels are {labels[0]:g}"
+        elif metric == "predicted_over_observed":
+            why = "the mean label is 0"
+        reasons.setdefault(why, []).append(metric)
+    for why, names in reasons.items():
+        verb = "is" if len(names) == 1 else "are"
+        warnings.warn(
+            f"task {task.name!r}: {', '.join(names)} {verb} undefined: {why}",
+            UndefinedMetricWarning,
+            stacklevel=4,
+        )
 
 
 # Chapter 'Tasks', section 'A row per task'
@@ -592,7 +658,7 @@ def measure_task(
     }
     found |= dict.fromkeys(names, math.nan)
     if not len(labels):
-        warn_undefined(task, "every metric", labels)
+        warn_undefined(task, ["every metric"], labels)
         return found
     if task.kind != "multiclass":
         found["mean_label"] = float(np.average(labels, weights=weights))
@@ -602,37 +668,46 @@ def measure_task(
         if task.kind in metric.kinds:
             more = {"groups": codes} if metric.needs_groups else {}
             found[name] = metric.function(labels, predicted, weights=weights, **more)
-            if math.isnan(found[name]):
-                warn_undefined(task, name, labels)
+    undefined = [
+        name
+        for name in names
+        if task.kind in METRICS[name].kinds and math.isnan(found[name])
+    ]
+    warn_undefined(task, undefined, labels)
     return found
 
 
 # Chapter 'Tasks', section 'A row per task'
 def measure(
-    labels: Num[np.ndarray, "batch tasks"],
-    predicted: Num[np.ndarray, "batch outputs"],
+    labels: ArrayLike,
+    predicted: ArrayLike,
     tasks: Iterable[Task],
     *,
-    weights: Num[np.ndarray, " batch"] | None = None,
+    weights: ArrayLike | None = None,
     groups: Any = None,
     metrics: Iterable[str] | None = None,
 ) -> pd.DataFrame:
     """Metrics of each task, on the rows with its label and a weight above 0.
 
-    A row per task; the columns are `rows` (how many counted), `mean_label`, and
-    the metrics, NaN where a metric does not fit the task's kind. `groups` holds
-    one value per row, for grouped_auc.
+    `labels` is [rows, tasks] with NaN where missing, `predicted` [rows, outputs]
+    as `predictions` gives it, `weights` [rows]; `groups` holds one value per row,
+    for grouped_auc. A row per task; the columns are `rows` (how many counted),
+    `mean_label`, and the metrics, NaN where a metric does not fit the task's
+    kind. The mean label and the metrics are weighted, `rows` is not.
     Raises: ValueError for shapes, values, weights, groups or names in error.
     """
     tasks = check_tasks(tasks)
-    check_shapes(predicted, labels, tasks, weights)
     names = check_metrics(metrics, tasks, grouped=groups is not None)
     labels, predicted = np.asarray(labels, float), np.asarray(predicted, float)
+    check_shapes(predicted, labels, tasks)
     weights = checked_row_weights(weights, len(labels))
-    codes = None if groups is None else group_codes(groups, len(labels))
+    valid = ~np.isnan(labels) & (weights > 0)[:, None]
+    codes = None
+    if groups is not None:
+        codes = group_codes(groups, len(labels), valid.any(1))
     table = {}
     for k, (task, part) in enumerate(zip(tasks, output_slices(tasks), strict=True)):
-        rows = ~np.isnan(labels[:, k]) & (weights > 0)
+        rows = valid[:, k]
         inside = None if codes is None else codes[rows]
         table[task.name] = measure_task(
             task,

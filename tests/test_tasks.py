@@ -26,6 +26,7 @@ from mtl_annotated.tasks import (
     auc,
     calibration_error,
     check_tasks,
+    checked_classes,
     checked_name,
     checked_weight,
     grouped_auc,
@@ -118,6 +119,7 @@ def test_task_is_frozen_hashable_and_survives_json(task):
     [
         (lambda: Task(""), "task name '': expected a string that is not empty"),
         (lambda: Task("a.b"), "task name 'a.b': .*no '.'"),
+        (lambda: Task("mean"), "task name 'mean': reserved, because training calls"),
         (lambda: checked_name(3), "task name 3: expected a string"),
         (
             lambda: Task("click", "ranking"),
@@ -132,6 +134,16 @@ def test_task_is_frozen_hashable_and_survives_json(task):
         (lambda: Task("r", "multiclass", classes="abc"), "found 'abc'"),
         (lambda: Task("r", "multiclass", classes=(1, 1)), "different .*found \\(1, 1"),
         (lambda: Task("r", "multiclass", classes=(1, "1")), "two different values"),
+        (lambda: Task("r", "multiclass", classes={1, 2}), "'r': .*found {1, 2}"),
+        (lambda: Task("r", "multiclass", classes={1: "a", 2: "b"}), "'r': .*found {1:"),
+        (lambda: checked_classes("r", "multiclass", 3.0), "task 'r': .*found 3.0"),
+        (lambda: Task("r", "multiclass", classes=[1, None]), "'r': .*JSON; found nan"),
+        (lambda: Task("r", "multiclass", classes=["a", None]), "'r': .*; found nan"),
+        (lambda: Task("r", "multiclass", classes=[0.5, math.inf]), "'r': .*found inf"),
+        (
+            lambda: Task("r", "multiclass", classes=pd.date_range("2026", periods=2)),
+            "task 'r': a class must be a text.* found Timestamp",
+        ),
         (lambda: Task("click", classes=2), "belong to kind 'multiclass', not to 'bin"),
         (lambda: Task("click", given="click"), "given='click' refers to the task its"),
         (lambda: Task("buy", label="z", given="z"), "task 'buy': given='z' refers to"),
@@ -178,9 +190,9 @@ def slow_losses(logits, labels, weights):
     """Loops over rows and tasks, each loss as written in a textbook."""
     means = []
     for k, (task, part) in enumerate(zip(TASKS, SLICES, strict=True)):
-        total = mass = 0.0
+        total, count = 0.0, 0
         for z, y, w in zip(logits[:, part], labels[:, k], weights, strict=True):
-            if math.isnan(y):
+            if math.isnan(y) or w == 0:
                 continue
             if task.kind == "binary":
                 p = 1 / (1 + math.exp(-z[0]))
@@ -190,8 +202,8 @@ def slow_losses(logits, labels, weights):
             else:
                 loss = math.log(sum(math.exp(v) for v in z)) - z[int(y)]
             total += w * loss
-            mass += w
-        means.append(total / mass if mass else 0.0)
+            count += 1
+        means.append(total / count if count else 0.0)
     return means
 
 
@@ -220,9 +232,10 @@ def test_numbers_by_hand():
     # sigmoid(log 3) is 3/4, so the losses are log 2, log 2, log 4.
     mean = task_losses(logits, labels, tasks).item()
     assert mean == pytest.approx(4 * math.log(2) / 3)
+    # Weighted log 2 + 3 log 4, over two labels: the second row weighs nothing.
     weights = torch.tensor([1.0, 0.0, 3.0, 5.0])
     mean = task_losses(logits, labels, tasks, weights).item()
-    assert mean == pytest.approx(7 * math.log(2) / 4)
+    assert mean == pytest.approx(7 * math.log(2) / 2)
 
 
 def test_gradient_is_prediction_minus_label():
@@ -314,9 +327,32 @@ def test_masked_mean_by_hand():
     valid = torch.tensor([[True, True], [True, False], [True, True]])
     assert masked_mean(values, valid).tolist() == [2, 20]
     weights = torch.tensor([2.0, 1, 1])
-    assert masked_mean(values, valid, weights).tolist() == pytest.approx(
-        [7 / 4, 50 / 3]
-    )
+    assert masked_mean(values, valid, weights).tolist() == pytest.approx([7 / 3, 25])
+    weights = torch.tensor([2.0, 1, 0])
+    assert masked_mean(values, valid, weights).tolist() == [2, 20]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_does_not_count_may_be_infinite(weighted):
+    values = torch.tensor([[1.0], [math.inf], [5.0]], requires_grad=True)
+    valid = torch.tensor([[True], [weighted], [True]])
+    weights = torch.tensor([1.0, 0.0, 1.0]) if weighted else None
+    mean = masked_mean(values, valid, weights)
+    mean.sum().backward()
+    assert mean.tolist() == [3]
+    assert values.grad.tolist() == [[0.5], [0], [0.5]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_the_weighted_optimum_does_not_depend_on_the_batch_size(size):
+    labels = torch.tensor([1.0, 0, 2, 5, 3, 4]).unsqueeze(1)
+    weights = torch.tensor([3.0, 1, 0.5, 0.5, 0.5, 0.5])
+    best = (weights @ labels / weights.sum()).item()
+    z = torch.full((6, 1), best, requires_grad=True)
+    for part in torch.arange(6).split(size):
+        rows = z[part], labels[part], (Task("a", "regression"),), weights[part]
+        task_losses(*rows).sum().backward()
+    assert z.grad.sum().item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -365,10 +401,11 @@ def test_a_weight_of_two_is_a_row_twice(seed, times):
     labels = holes(labels, seed)
     times = torch.from_numpy(times)
     weighted = task_losses(logits, labels, TASKS, times.double())
-    repeated = task_losses(
-        logits.repeat_interleave(times, 0), labels.repeat_interleave(times, 0), TASKS
-    )
-    torch.testing.assert_close(weighted, repeated)
+    more = labels.repeat_interleave(times, 0)
+    repeated = task_losses(logits.repeat_interleave(times, 0), more, TASKS)
+    # The denominators differ, because each counts rows; the sums do not.
+    count = (~labels[times > 0].isnan()).sum(0)
+    torch.testing.assert_close(weighted * count, repeated * (~more.isnan()).sum(0))
 
 
 def test_predictions_by_kind():
@@ -378,6 +415,15 @@ def test_predictions_by_kind():
     assert torch.equal(found[:, 2], logits[:, 2])
     torch.testing.assert_close(found[:, 3:], logits[:, 3:].softmax(1))
     torch.testing.assert_close(found[:, 3:].sum(1), torch.ones(13).double())
+
+
+def test_predictions_keep_64_bits_and_saturate_at_17_in_32():
+    logits = torch.tensor([[17.0], [40.0]])
+    assert predictions(logits, TASKS[:1]).tolist() == [[1.0], [1.0]]
+    wide = predictions(logits.double(), TASKS[:1])
+    assert wide.dtype == torch.float64
+    assert 1 - wide[0].item() == pytest.approx(math.exp(-17), rel=1e-4)
+    assert predictions(logits.half(), TASKS[:1]).dtype == torch.float32
 
 
 def test_row_loss_of_a_class_is_minus_its_log_probability():
@@ -706,8 +752,8 @@ def test_one_class_only_says_why_and_reports_the_rest():
         table = measure(labels, said, tasks)
     messages = [str(warning.message) for warning in caught]
     assert messages == [
-        f"task 'purchase': {name} is undefined: all 120 labels are 0"
-        for name in ("auc", "normalized_entropy", "predicted_over_observed")
+        "task 'purchase': auc, normalized_entropy, predicted_over_observed"
+        " are undefined: all 120 labels are 0"
     ]
     row = table.loc["purchase"]
     assert row[["auc", "normalized_entropy", "predicted_over_observed"]].isna().all()
@@ -722,6 +768,49 @@ def test_no_group_with_both_labels_says_so():
         table = measure(labels, said, (Task("a"),), groups=[1, 2])
     assert table.loc["a", "auc"] == 1
     assert np.isnan(table.loc["a", "grouped_auc"])
+
+
+def test_each_reason_gets_one_warning():
+    labels, said = np.array([[0.0], [1.0]]), np.array([[0.2], [0.3]])
+    both, kinds = np.hstack([labels, labels * 0]), ["grouped_auc", "auc", "auc"]
+    with pytest.warns(UndefinedMetricWarning) as caught:
+        table = measure(
+            both,
+            np.hstack([said, said]),
+            (Task("a"), Task("b")),
+            groups=[1, 2],
+            metrics=kinds,
+        )
+    assert [str(warning.message) for warning in caught] == [
+        "task 'a': grouped_auc is undefined: no group holds both a 0 and a 1",
+        "task 'b': grouped_auc, auc are undefined: all 2 labels are 0",
+    ]
+    assert list(table) == ["rows", "mean_label", "grouped_auc", "auc"]
+
+
+def test_measure_takes_lists():
+    table = measure([[0.0], [1.0]], [[0.1], [0.2]], [Task("a")], weights=[1, 3])
+    assert table.loc["a", ["rows", "mean_label", "auc"]].tolist() == [2, 0.75, 1]
+
+
+def test_groups_may_be_missing_on_rows_that_do_not_count():
+    labels, said = [[0.0], [1.0], [NAN], [1.0]], [[0.1], [0.2], [0.3], [0.0]]
+    groups, weights = ["u", "u", None, None], [1.0, 1.0, 1.0, 0.0]
+    options = {"groups": groups, "metrics": "grouped_auc"}
+    table = measure(labels, said, [Task("a")], weights=weights, **options)
+    assert table.loc["a", "grouped_auc"] == 1
+    assert grouped_auc([0, 1, 1], [0.1, 0.2, 0.0], ["u", "u", None], [1, 1, 0]) == 1
+    with pytest.raises(ValueError, match="groups: 1 of 4 values are missing"):
+        measure(labels, said, [Task("a")], **options)
+
+
+def test_a_metric_that_fits_no_task_is_refused():
+    message = "metric 'auc' is for binary tasks, found only regression"
+    with pytest.raises(ValueError, match=message):
+        measure([[0.0]], [[1.0]], [Task("a", "regression")], metrics="auc")
+    message = "'log_loss' is for binary and multiclass tasks, found only regression"
+    with pytest.raises(ValueError, match=message):
+        measure([[0.0]], [[1.0]], [Task("a", "regression")], metrics=["log_loss"])
 
 
 def test_no_label_at_all_says_so():
