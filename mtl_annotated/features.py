@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass
+from datetime import date
 from functools import cached_property
-from numbers import Number
+from numbers import Integral, Number, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,19 +45,24 @@ class Column:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise TypeError(f"a column needs a name, found {self.name!r}")
+            raise TypeError(
+                f"a column needs a name, expected a str, found {self.name!r};"
+                " frame.rename(columns=str) makes all names of a frame strings"
+            )
 
 
 # Chapter 'Features', section 'Three kinds of columns'
 def check_size(column: Column, setting: str) -> None:
-    """Refuse a size that is not a whole number of at least 1."""
+    """Make a size a plain int; refuse all but whole numbers of at least 1."""
     size = getattr(column, setting)
-    if type(size) is not int or size < 1:
-        kind = ValueError if type(size) is int else TypeError
+    whole = isinstance(size, Integral) and not isinstance(size, bool)
+    if not whole or size < 1:
+        kind = ValueError if whole else TypeError
         raise kind(
             f"column {column.name!r}: {setting} must be an integer of at"
             f" least 1, found {size!r}"
         )
+    object.__setattr__(column, setting, int(size))
 
 
 # Chapter 'Features', section 'Three kinds of columns'
@@ -133,8 +140,9 @@ POOLINGS = ("mean", "sum", "max")
 class Sequence(IdColumn):
     """A list of ids a row, of which the last `length` are read.
 
-    `pooling` ("mean", "sum" or "max") makes one vector of theirs. The other
-    settings are those of `Sparse`.
+    `pooling` ("mean", "sum" or "max") makes one vector of theirs. Unseen and
+    missing items have a vector too and count in the mean; padding does not.
+    The other settings are those of `Sparse`.
 
     Raises: TypeError or ValueError for settings of no meaning.
     """
@@ -180,26 +188,44 @@ def check_missing(column: Dense) -> None:
     if isinstance(found, str):
         check_choice(column, "missing", ("mean", "median"))
     elif found is not None:
-        if not isinstance(found, (int, float)) or not math.isfinite(found):
+        number = isinstance(found, Real) and not isinstance(found, bool)
+        if not number or not math.isfinite(found):
             raise ValueError(
                 f"column {column.name!r}: missing must be 'mean', 'median' or"
                 f" a finite number, found {found!r}"
             )
+        plain = int(found) if isinstance(found, Integral) else float(found)
+        object.__setattr__(column, "missing", plain)
+
+
+# Chapter 'Features', section 'When are two ids the same?'
+def exact_below(dtype: Any) -> int:
+    """The bound below which a float type holds every whole number."""
+    return 2 ** (np.finfo(dtype).nmant + 1)
+
+
+DATES = (date, np.datetime64)
+DATE_HINT = (
+    "; of a date take .dt.hour or .dt.dayofweek, or make it an id with .astype(str)"
+)
 
 
 # Chapter 'Features', section 'When are two ids the same?'
 def id_text(value: Any) -> str:
     """The text of one id: a string as it stands, a whole number in digits.
 
-    Raises: TypeError for anything else, and for a float of 2**53 or more.
+    Raises: TypeError for anything else, and for a float that is too large
+    for its type to hold every whole number (2**53 for a Python float).
     """
     if isinstance(value, str):
         return str(value)
     whole = isinstance(value, (int, np.integer, np.bool_))
     if isinstance(value, (float, np.floating)):
-        whole = float(value).is_integer() and abs(float(value)) < 2**53
+        bound, value = exact_below(type(value)), float(value)
+        whole = value.is_integer() and abs(value) < bound
     if not whole:
-        raise TypeError(f"{value!r} is not an id")
+        hint = DATE_HINT if isinstance(value, DATES) else ""
+        raise TypeError(f"{value!r} is not an id{hint}")
     return str(int(value))
 
 
@@ -213,18 +239,31 @@ def plain_ids(values: pd.Index) -> pd.Index:
     """
     if isinstance(values, pd.CategoricalIndex):
         values = pd.Index(values.to_numpy())
-    values = values.infer_objects()
+    if values.dtype == object and not any(
+        isinstance(value, (np.float16, np.float32)) for value in values
+    ):
+        values = values.infer_objects()
     if values.dtype == "str":
         return values
     if values.dtype.kind == "f":
-        numbers: np.ndarray = values.to_numpy(dtype=np.float64)
-        odd = (np.floor(numbers) != numbers) | (np.abs(numbers) >= 2**53)
+        numbers: np.ndarray = values.to_numpy()
+        bound = exact_below(numbers.dtype)
+        odd = (np.floor(numbers) != numbers) | (np.abs(numbers) >= bound)
         for number in numbers[odd]:
-            id_text(number.item())  # raises, and names the first
+            id_text(number)  # raises, and names the first
     if values.dtype.kind in "bif":
         return values.astype("int64")
     texts = [id_text(value) for value in values.tolist()]
     return pd.Index(texts, dtype="str")
+
+
+# Chapter 'Features', section 'When are two ids the same?'
+def check_half(values: pd.Series) -> None:
+    """Refuse float16 values too large to hold every whole number."""
+    if values.dtype == np.float16:
+        numbers = values.to_numpy()
+        for number in numbers[np.abs(numbers) >= exact_below(np.float16)]:
+            id_text(number)  # raises, and names the first
 
 
 # Chapter 'Features', section 'A vocabulary'
@@ -271,12 +310,13 @@ def integer_or_text(text: str) -> int | str:
     """The integer that a text spells in its usual form, or the text itself."""
     if INTEGER.fullmatch(text) and -(2**63) <= int(text) < 2**63:
         return int(text)
-    return text
+    return str(text)  # NumPy's strings are a type of their own
 
 
 # Chapter 'Features', section 'A vocabulary'
 def count_ids(values: pd.Series) -> tuple[pd.Series, int]:
     """How often each integer and string occurs, and how many are missing."""
+    check_half(values)
     counts = values.value_counts(sort=False, dropna=False)
     missing = np.asarray(counts.index.isna())
     known = counts[~missing]
@@ -348,6 +388,7 @@ def look_up(
         if table.missing:
             ids[values.isna()] = table.missing
         return ids
+    check_half(values)
     codes, distinct = pd.factorize(values)
     ids = table.ids(plain_ids(pd.Index(distinct)))
     return np.append(ids, table.missing)[codes]
@@ -395,10 +436,10 @@ def check_numbers(cells: Iterable, dtype: Any) -> None:
     """Refuse cells that are not numbers."""
     for cell in cells:
         if not isinstance(cell, Number):
-            raise TypeError(
-                f"{cell!r} is not a number (dtype {dtype}); convert the"
-                " column, for instance with pandas.to_numeric"
-            )
+            hint = "; convert the column, for instance with pandas.to_numeric"
+            if isinstance(cell, DATES):
+                hint = DATE_HINT
+            raise TypeError(f"{cell!r} is not a number (dtype {dtype}){hint}")
 
 
 # Chapter 'Features', section 'Numbers'
@@ -489,12 +530,23 @@ LISTS = (list, tuple, np.ndarray)
 
 
 # Chapter 'Features', section 'Lists of ids'
-def check_lists(cells: np.ndarray) -> None:
-    """Refuse cells that are not lists of ids."""
-    if set(map(type, cells)) <= set(LISTS):
-        return
-    odd = next(cell for cell in cells if not isinstance(cell, LISTS))
-    raise TypeError(f"{odd!r} is not a list, tuple or array of ids")
+def is_flat(cell: Any) -> bool:
+    """Whether a cell is a list, tuple or array without lists inside."""
+    if isinstance(cell, np.ndarray):
+        if cell.dtype.kind != "O" or cell.ndim != 1:
+            return cell.ndim == 1
+    elif not isinstance(cell, LISTS):
+        return False
+    return set(map(type, cell)).isdisjoint(LISTS)
+
+
+# Chapter 'Features', section 'Lists of ids'
+def check_lists(cells: pd.Series) -> None:
+    """Refuse cells that are neither flat lists of ids nor missing."""
+    present = cells.notna().to_numpy()
+    for row, cell in enumerate(cells.to_numpy(dtype=object)):
+        if present[row] and not is_flat(cell):
+            raise TypeError(f"row {row}: {cell!r} is not a list, tuple or array of ids")
 
 
 # Chapter 'Features', section 'Lists of ids'
@@ -513,7 +565,6 @@ def flatten(
     """The last `length` ids of all rows end to end, and each row's number."""
     present = cells.notna().to_numpy()
     lists = cells.to_numpy(dtype=object)[present]
-    check_lists(lists)
     last = [ids[-length:] if len(ids) > length else ids for ids in lists]
     counts = np.zeros(len(cells), dtype=np.int64)
     counts[present] = [len(ids) for ids in last]
@@ -528,6 +579,7 @@ def blocks(
     cells: pd.Series, length: int
 ) -> Iterator[tuple[slice, pd.Series, Int[np.ndarray, " rows"]]]:
     """A sequence column in blocks of rows: which rows, flat values, counts."""
+    check_lists(cells)
     for start in range(0, len(cells), BLOCK):
         rows = slice(start, start + BLOCK)
         yield rows, *flatten(cells.iloc[rows], length)
@@ -551,23 +603,34 @@ def look_up_lists(
 
 
 # Chapter 'Features', section 'A batch'
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """Encoded rows.
 
-    ids      [batch, positions]  int64; 0: unseen or missing, -1: padding
+    ids      [batch, positions]  int64; -1: padding; 0: unseen, or missing if
+                                 training had no missing value (always for a
+                                 hashed column)
     dense    [batch, dense]      scaled numbers
     labels   [batch, tasks]      NaN: no label
     weights  [batch] or None     row weights
+    encoder  str or None         the fingerprint of the encoder that made it
     """
 
     ids: Int[Tensor, "batch positions"]
     dense: Float[Tensor, "batch dense"]
     labels: Float[Tensor, "batch tasks"]
     weights: Float[Tensor, " batch"] | None = None
+    encoder: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        tensors = {name: getattr(self, name) for name in ("ids", "dense", "labels")}
+        if self.weights is not None:
+            tensors["weights"] = self.weights
+        shapes = [f"{name}={list(t.shape)}" for name, t in tensors.items()]
+        return f"Batch({', '.join(shapes)})"
 
     def __getitem__(self, rows: Tensor | slice) -> Batch:
         """The rows that a slice or a one-dimensional tensor picks."""
@@ -578,7 +641,8 @@ class Batch:
                 " one row is batch[3:4]"
             )
         weights = None if self.weights is None else self.weights[rows]
-        return Batch(self.ids[rows], self.dense[rows], self.labels[rows], weights)
+        ids, dense, labels = self.ids[rows], self.dense[rows], self.labels[rows]
+        return Batch(ids, dense, labels, weights, self.encoder)
 
     def to(
         self,
@@ -594,12 +658,21 @@ class Batch:
             self.dense.to(device=device, dtype=dtype),
             self.labels.to(device=device, dtype=dtype),
             None if weights is None else weights.to(device=device, dtype=dtype),
+            self.encoder,
         )
+
+
+# Chapter 'Features', section 'The encoder'
+def check_list(what: str, found: Any) -> None:
+    """Refuse what is not a list of something."""
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise TypeError(f"{what}: expected a list, found {found!r}")
 
 
 # Chapter 'Features', section 'The encoder'
 def check_columns(columns: Iterable[Column]) -> tuple[Column, ...]:
     """The columns as a tuple; refuses none at all, other types, equal names."""
+    check_list("columns", columns)
     columns = tuple(columns)
     if not columns:
         raise ValueError("columns: found none, expected at least one")
@@ -638,10 +711,14 @@ def check_shares(columns: Iterable[Column]) -> None:
 def check_leaks(
     columns: Iterable[Column], tasks: tuple[Task, ...], weight: str | None
 ) -> None:
-    """Refuse a label, a `given` or the row weight among the inputs."""
-    roles = {weight: "the row weight"}
-    roles |= {t.given: f"the given column of task {t.name!r}" for t in tasks}
+    """Refuse a column with two roles: input, row weight, or of a task."""
+    roles = {t.given: f"the given column of task {t.name!r}" for t in tasks}
     roles |= {t.column: f"the label of task {t.name!r}" for t in tasks}
+    if weight is not None and weight in roles:
+        raise ValueError(
+            f"column {weight!r} is {roles[weight]} and cannot be the row weight"
+        )
+    roles[weight] = "the row weight"
     for column in columns:
         if column.name in roles:
             raise ValueError(
@@ -669,6 +746,10 @@ class Encoder:
     `columns` are the inputs, `tasks` say which columns are labels, and `weight`
     names a column of row weights. Further columns of the rows are ignored.
 
+    `positions` tells where each column of ids lies along `Batch.ids`, and
+    `dense_names` the columns of `Batch.dense`. After `fit`, `tables` and
+    `vocabularies` hold what was learned, and `fingerprint` names it.
+
     Raises: TypeError or ValueError for columns and tasks that do not fit.
     """
 
@@ -680,6 +761,7 @@ class Encoder:
         weight: str | None = None,
     ) -> None:
         self.columns = check_columns(columns)
+        check_list("tasks", tasks)
         self.tasks = check_tasks(tasks)
         self.weight = weight
         check_shares(self.columns)
@@ -690,6 +772,13 @@ class Encoder:
         self._lookups: dict[str, Vocabulary | Buckets] = {}
         self._scalers: dict[str, Scaler] = {}
         self._fitted = False
+        self._fingerprint: str | None = None
+        self._warned: set[str] = set()
+
+    def __repr__(self) -> str:
+        state = "fitted" if self._fitted else "not fitted"
+        columns, tasks = len(self.columns), len(self.tasks)
+        return f"Encoder(columns={columns}, tasks={tasks}, {state})"
 
     def _readers(self) -> list[IdColumn]:
         """The columns of ids."""
@@ -725,6 +814,7 @@ class Encoder:
         lookups = {c.name: self._learn_table(c, rows) for c in owners}
         scalers = {c.name: self._learn_scale(c, rows) for c in dense}
         self._lookups, self._scalers, self._fitted = lookups, scalers, True
+        self._fingerprint, self._warned = None, set()
         return self
 
     def _check_fitted(self) -> None:
@@ -750,6 +840,31 @@ class Encoder:
             for name, lookup in self._lookups.items()
             if isinstance(lookup, Vocabulary)
         }
+
+    def to_json(self) -> str:
+        """Everything that `transform` needs, as text for `from_json`."""
+        self._check_fitted()
+        content = {
+            "format": FORMAT,
+            "columns": [
+                {"type": type(column).__name__} | asdict(column)
+                for column in self.columns
+            ],
+            "tasks": [asdict(task) for task in self.tasks],
+            "weight": self.weight,
+            "vocabularies": self.vocabularies,
+            "scalers": {name: scaler.state() for name, scaler in self._scalers.items()},
+        }
+        return json.dumps(content, allow_nan=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits, equal for encoders whose `to_json` is equal."""
+        if self._fingerprint is None:
+            text = self.to_json().encode("utf-8", "surrogatepass")
+            digest = hashlib.blake2b(text, digest_size=16)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def _ids(self, rows: pd.DataFrame) -> Int[np.ndarray, "rows positions"]:
         """The ids of all columns, side by side."""
@@ -798,6 +913,25 @@ class Encoder:
             refuse(~(weights >= 0), "negative or missing weight", weights)
             return single(weights)
 
+    def _warn_if_strange(
+        self, rows: pd.DataFrame, ids: Int[np.ndarray, "rows positions"]
+    ) -> None:
+        """Warn of columns in which not one value is known."""
+        for column in self._readers():
+            name, table = column.name, self._lookups[column.table]
+            place = ids[:, self.positions[name]]
+            known = (place > 0) & (place != table.missing)
+            if name in self._warned or known.any() or isinstance(table, Buckets):
+                continue
+            found = first_values(column, rows[name])
+            if len(found) == 3:
+                self._warned.add(name)
+                warnings.warn(
+                    f"column {name!r}: no value is known from training; found"
+                    f" {found}, training had {table.listed[:3]}",
+                    stacklevel=3,
+                )
+
     def transform(self, rows: pd.DataFrame) -> Batch:
         """Encode rows: ids in int64, numbers, labels and weights in float32.
 
@@ -811,11 +945,14 @@ class Encoder:
         targets = self._targets(rows)
         check_rows(rows, targets)
         weights = self._weights(rows) if self.weight in targets else None
+        ids = self._ids(rows)
+        self._warn_if_strange(rows, ids)
         return Batch(
-            ids=torch.from_numpy(self._ids(rows)),
+            ids=torch.from_numpy(ids),
             dense=torch.from_numpy(self._dense(rows)),
             labels=torch.from_numpy(self._labels(rows)),
             weights=None if weights is None else torch.from_numpy(weights),
+            encoder=self.fingerprint,
         )
 
     def unseen(self, rows: pd.DataFrame) -> pd.Series:
@@ -828,22 +965,6 @@ class Encoder:
             values = ids[:, place][ids[:, place] != PADDING]
             shares[name] = (values == 0).mean() if len(values) else np.nan
         return pd.Series(shares, name="unseen", dtype=np.float64)
-
-    def to_json(self) -> str:
-        """Everything that `transform` needs, as text for `from_json`."""
-        self._check_fitted()
-        content = {
-            "format": FORMAT,
-            "columns": [
-                {"type": type(column).__name__} | asdict(column)
-                for column in self.columns
-            ],
-            "tasks": [asdict(task) for task in self.tasks],
-            "weight": self.weight,
-            "vocabularies": self.vocabularies,
-            "scalers": {name: scaler.state() for name, scaler in self._scalers.items()},
-        }
-        return json.dumps(content, allow_nan=False)
 
     def _restore(self, content: dict[str, Any]) -> Encoder:
         """Take over what the encoder that wrote `content` had learned."""
@@ -884,6 +1005,11 @@ def check_rows(rows: pd.DataFrame, names: list[str]) -> None:
     if not isinstance(rows, pd.DataFrame):
         kind = type(rows).__name__
         raise TypeError(f"rows: expected a DataFrame, found {kind}")
+    if isinstance(rows.columns, pd.MultiIndex):
+        raise TypeError(
+            f"rows: the column names have {rows.columns.nlevels} levels (a"
+            " MultiIndex), expected plain strings; join the levels first"
+        )
     absent = [name for name in names if name not in rows.columns]
     if absent:
         raise KeyError(
@@ -898,7 +1024,7 @@ def check_rows(rows: pd.DataFrame, names: list[str]) -> None:
 
 ID_HINT = (
     "; an id is a string, an integer, a boolean, a category, or a float that"
-    " holds a whole number below 2**53"
+    " holds a whole number below 2**53 (float32: below 2**24)"
 )
 
 
@@ -921,6 +1047,9 @@ class Table:
     width: int
 
 
+FORMAT = "mtl_annotated.Encoder/1"
+
+
 # Chapter 'Features', section 'The encoder'
 def single(
     numbers: Float[np.ndarray, " rows"],
@@ -928,7 +1057,8 @@ def single(
     """Numbers in float32; ValueError for one that is too large for it."""
     with np.errstate(over="ignore"):
         short = numbers.astype(np.float32)
-    refuse(np.isinf(short), "too large for float32", numbers)
+    what = "too large for float32 (divide the column by a constant first)"
+    refuse(np.isinf(short), what, numbers)
     return short
 
 
@@ -971,7 +1101,14 @@ def read_labels(rows: pd.DataFrame, task: Task) -> Float[np.ndarray, " rows"]:
         return np.where(read_binary(rows[task.given]) == 1, labels, np.nan)
 
 
-FORMAT = "mtl_annotated.Encoder/1"
+# Chapter 'Features', section 'The encoder'
+def first_values(column: IdColumn, cells: pd.Series) -> list:
+    """Up to three different values of a column of ids, for a message."""
+    parts = [cells]
+    if isinstance(column, Sequence):
+        parts = [values for _, values, _ in blocks(cells, column.length)]
+    found = [pd.Series(part.dropna().unique()) for part in parts]
+    return pd.concat(found)[:3].tolist() if found else []
 
 
 COLUMN_TYPES = {"Sparse": Sparse, "Dense": Dense, "Sequence": Sequence}
@@ -1027,14 +1164,14 @@ def first_rows(tables: dict[str, Table]) -> dict[str, int]:
 
 # Chapter 'Features', section 'One lookup for each width'
 def reads(encoder: Encoder) -> dict[int, list[tuple[int, int, int]]]:
-    """For each width its reads: a position, its table's rows and first row."""
+    """For each width its reads: a position, its table's last id and first row."""
     tables, first = encoder.tables, first_rows(encoder.tables)
     found: dict[int, list[tuple[int, int, int]]] = {}
     for column in encoder.columns:
         if isinstance(column, IdColumn):
             place = encoder.positions[column.name]
             found.setdefault(column.width, []).extend(
-                (position, tables[column.table].rows, first[column.table])
+                (position, tables[column.table].rows - 1, first[column.table])
                 for position in range(place.start, place.stop)
             )
     return found
@@ -1042,32 +1179,24 @@ def reads(encoder: Encoder) -> dict[int, list[tuple[int, int, int]]]:
 
 # Chapter 'Features', section 'One lookup for each width'
 class Piece(NamedTuple):
-    """A stretch of the output: places `start` to `stop` of a `source`.
+    """A stretch of the output: the next `size` places of a `source`.
 
     The source is an embedding width, or 0 for the dense columns. `pooling` is
     None except for a sequence.
     """
 
     source: int
-    start: int
-    stop: int
+    size: int
     pooling: str | None
 
 
 # Chapter 'Features', section 'One lookup for each width'
-def pieces_of(columns: Iterable[Column]) -> list[Piece]:
-    """One piece for each column, its places counted within its source."""
-    pieces: list[Piece] = []
-    ends: dict[int, int] = {}
-    for column in columns:
-        source = column.width if isinstance(column, IdColumn) else 0
-        size, pooling = 1, None
-        if isinstance(column, Sequence):
-            size, pooling = column.length, column.pooling
-        start = ends.get(source, 0)
-        ends[source] = start + size
-        pieces.append(Piece(source, start, start + size, pooling))
-    return pieces
+def piece_of(column: Column) -> Piece:
+    """The piece that one column fills."""
+    source = column.width if isinstance(column, IdColumn) else 0
+    if isinstance(column, Sequence):
+        return Piece(source, column.length, column.pooling)
+    return Piece(source, 1, None)
 
 
 # Chapter 'Features', section 'One lookup for each width'
@@ -1078,8 +1207,7 @@ def merge(pieces: Iterable[Piece]) -> list[Piece]:
         last = merged[-1] if merged else None
         pooled = piece.pooling or (last and last.pooling)
         if last and not pooled and last.source == piece.source:
-            # Both are consecutive columns of one source, so they adjoin.
-            merged[-1] = last._replace(stop=piece.stop)
+            merged[-1] = last._replace(size=last.size + piece.size)
         else:
             merged.append(piece)
     return merged
@@ -1090,13 +1218,14 @@ class FeatureEmbedding(nn.Module):
     """A `Batch` to its input vectors [batch, width], column after column.
 
     A column of ids gives a vector, a dense column its number. Every instance
-    has weights of its own, drawn from PyTorch's global generator.
+    has weights of its own, drawn from PyTorch's global generator. `width` is
+    the output's, `encoder` the fingerprint of the encoder at construction.
 
     Raises: NotFittedError if the encoder has not been fitted.
     """
 
     order: Tensor
-    rows: Tensor
+    last: Tensor
     first: Tensor
 
     def __init__(self, encoder: Encoder) -> None:
@@ -1108,46 +1237,91 @@ class FeatureEmbedding(nn.Module):
             same = [table for table in tables if table.width == width]
             self.weights[str(width)] = packed_weight(same)
         self.counts = {width: len(places) for width, places in found.items()}
-        flat = torch.tensor(sum(found.values(), []), dtype=torch.int64)
-        for place, name in enumerate(("order", "rows", "first")):
-            buffer = flat.reshape(-1, 3)[:, place].clone()
-            self.register_buffer(name, buffer, persistent=False)
-        self.pieces = merge(pieces_of(encoder.columns))
+        flat: list[tuple[int, int, int]] = sum(found.values(), [])
+        for place, name in enumerate(("order", "last", "first")):
+            buffer = torch.tensor([entry[place] for entry in flat])
+            self.register_buffer(name, buffer.long(), persistent=False)
+        self.in_order = flat == sorted(flat)
+        self.pieces = merge(map(piece_of, encoder.columns))
+        self.pooled = any(piece.pooling for piece in self.pieces)
+        self.sizes: dict[int, list[int]] = {}
+        for piece in self.pieces:
+            self.sizes.setdefault(piece.source, []).append(piece.size)
         self.width = sum(getattr(c, "width", 1) for c in encoder.columns)
+        self.encoder = encoder.fingerprint
 
     def by_width(self, values: Tensor) -> dict[int, Tensor]:
         """Values [batch, positions], sorted by `order`, a part for each width."""
-        parts = values.split(list(self.counts.values()), 1)
+        parts = cut(values, list(self.counts.values()))
         return dict(zip(self.counts, parts, strict=True))
 
     def look_up(self, ids: Int[Tensor, "batch positions"]) -> dict[int, Tensor]:
         """The vectors of ids: for each width [batch, its positions, width]."""
-        inside = (ids >= 0) & (ids < self.rows)
-        packed = self.by_width(torch.where(inside, ids, 0) + self.first)
+        inside = ids.clamp(min=0).minimum(self.last) == ids
+        packed = self.by_width(ids * inside + self.first)
         return {
             width: F.embedding(rows, self.weights[str(width)])
             for width, rows in packed.items()
         }
 
-    def forward(self, batch: Batch) -> Float[Tensor, "batch width"]:
-        """Vectors and numbers of all columns, in the order of their declaration."""
+    def in_pieces(self, by_width: dict[int, Tensor], dense: Tensor) -> list[Tensor]:
+        """What each piece of the output takes from its source."""
+        sources = {0: dense, **by_width}
+        parts = {
+            source: iter(cut(sources[source], sizes))
+            for source, sizes in self.sizes.items()
+        }
+        return [next(parts[piece.source]) for piece in self.pieces]
+
+    def check(self, batch: Batch) -> None:
+        """Refuse a batch of another encoder."""
+        if batch.encoder is not None and batch.encoder != self.encoder:
+            raise ValueError(
+                "the batch and the model come from different encoders, or from"
+                f" one that was fitted again in between: the batch has fingerprint"
+                f" {batch.encoder[:8]}, the model {self.encoder[:8]}"
+            )
         if batch.ids.shape[1] != len(self.order):
             raise ValueError(
                 f"the batch has {batch.ids.shape[1]} positions of ids, the"
                 f" embedding {len(self.order)}; both must come from one encoder"
             )
-        ids = batch.ids.index_select(1, self.order)
-        vectors, real = self.look_up(ids), self.by_width(ids != PADDING)
-        parts = []
-        for source, start, stop, pooling in self.pieces:
-            if source == 0:
-                parts.append(batch.dense[:, start:stop])
-            elif pooling is None:
-                parts.append(vectors[source][:, start:stop].flatten(1))
-            else:
-                part = vectors[source][:, start:stop]
-                parts.append(pool(part, real[source][:, start:stop], pooling))
-        return torch.cat(parts, 1)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "batch width"]:
+        """Vectors and numbers of all columns, in the order of their declaration.
+
+        Raises: ValueError for a batch of another encoder.
+        """
+        self.check(batch)
+        ids = batch.ids if self.in_order else batch.ids.index_select(1, self.order)
+        parts = masks = self.in_pieces(self.look_up(ids), batch.dense)
+        if self.pooled:
+            real = self.by_width(ids != PADDING)
+            masks = self.in_pieces(real, batch.dense)
+        vectors = [
+            part.flatten(1) if pooling is None else pool(part, mask, pooling)
+            for (*_, pooling), part, mask in zip(self.pieces, parts, masks, strict=True)
+        ]
+        return torch.cat(vectors, 1)
+
+    def get_extra_state(self) -> str:
+        """The fingerprint, to be stored with the weights."""
+        return self.encoder
+
+    def set_extra_state(self, state: str) -> None:
+        """Refuse weights that were trained with another encoder."""
+        if state != self.encoder:
+            raise ValueError(
+                "these weights were trained with another encoder: theirs has"
+                f" fingerprint {state[:8]}, the model's {self.encoder[:8]}; load"
+                " the encoder that was stored with them"
+            )
+
+
+# Chapter 'Features', section 'One lookup for each width'
+def cut(values: Tensor, sizes: list[int]) -> Iterable[Tensor]:
+    """Values [batch, places, ...] in parts of these sizes."""
+    return (values,) if len(sizes) == 1 else values.split(sizes, 1)
 
 
 # Chapter 'Features', section 'One lookup for each width'

@@ -1,11 +1,13 @@
 """The chapter `features`: ids, numbers, lists and labels to tensors, and the lookup."""
 
+import copy
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import FrozenInstanceError, asdict
 from decimal import Decimal
 
@@ -157,10 +159,28 @@ def test_columns_refuse_settings_of_no_meaning(make, expected):
 def test_columns_refuse_other_types(plain):
     with pytest.raises(TypeError, match="'u': width must be an integer .* found 0.5"):
         plain.Sparse("u", width=0.5)
-    with pytest.raises(TypeError, match="a column needs a name, found 3"):
-        plain.Sparse(3)
-    with pytest.raises(TypeError, match="a column needs a name, found ''"):
+    expected = (
+        "a column needs a name, expected a str, found 0;"
+        " frame.rename(columns=str) makes all names of a frame strings"
+    )
+    with pytest.raises(TypeError, match=message(expected)):
+        plain.Sparse(0)
+    with pytest.raises(TypeError, match="expected a str, found ''"):
         plain.Dense("")
+    for size in (True, np.float64(3)):
+        with pytest.raises(TypeError, match="'u': width must be an integer"):
+            plain.Sparse("u", width=size)
+    with pytest.raises(ValueError, match="'a': missing must be .* found True"):
+        plain.Dense("a", missing=True)
+
+
+def test_numpy_numbers_become_plain_settings(plain):
+    column = plain.Sequence("h", width=np.int64(3), length=np.uint8(5))
+    assert column == plain.Sequence("h", width=3, length=5)
+    assert json.dumps(asdict(column))
+    for missing, kind in ((np.int64(0), int), (np.float32(0.5), float)):
+        found = plain.Dense("a", missing=missing).missing
+        assert (found, type(found)) == (missing, kind)
 
 
 # Ids
@@ -242,8 +262,59 @@ def test_what_is_no_id_is_refused(values, table):
 
 
 def test_dates_are_no_ids():
-    with pytest.raises(TypeError, match="Timestamp.* is not an id"):
-        look_up(pd.Series(pd.to_datetime(["2024-01-01"])), Buckets(9))
+    expected = (
+        "is not an id; of a date take .dt.hour or .dt.dayofweek, or make it an id"
+    )
+    for values in (
+        pd.to_datetime(["2024-01-01"]),
+        pd.Series([pd.Timestamp(0).date()], dtype=object),
+    ):
+        with pytest.raises(TypeError, match=message(expected)):
+            look_up(pd.Series(values), Buckets(9))
+    rows = pd.DataFrame({"s": ["2024-01-01"]})
+    encoder = Encoder([Sparse("s")], [CLICK])
+    assert encoder.fit(rows).vocabularies == {"s": ("2024-01-01",)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [("float16", 2**11), ("float32", 2**24), ("Float32", 2**24), ("float64", 2**53)],
+)
+def test_floats_are_ids_up_to_the_digits_of_their_type(dtype, bound):
+    fine = pd.Series([bound - 1, 3, -bound + 1], dtype=dtype)
+    vocabulary = learn_vocabulary([count_ids(fine)])
+    assert vocabulary.values == (1 - bound, 3, bound - 1)
+    np.testing.assert_array_equal(look_up(fine, vocabulary), [3, 2, 1])
+    # Both become the same float.
+    merged = pd.Series([bound, bound + 1], dtype=dtype)
+    assert merged.nunique() == 1
+    cells = [merged, merged.astype("category") if dtype != "float16" else merged]
+    if dtype == "float32":
+        cells.append(pd.Series([np.float32(bound), np.float32(3)], dtype=object))
+    for values in cells:
+        for call in (
+            lambda values=values: count_ids(values),
+            lambda values=values: look_up(values, vocabulary),
+            lambda values=values: look_up(values, Buckets(9)),
+        ):
+            with pytest.raises(TypeError, match="is not an id"):
+                call()
+    with pytest.raises(TypeError, match="column 'h': .* is not an id"):
+        listed([merged.to_numpy(dtype=dtype.lower())])
+
+
+@pytest.mark.parametrize("dtype", [object, None, "category"])
+def test_strings_of_numpy_are_strings(dtype):
+    words = [np.str_("b"), np.str_("17"), np.str_("a")]
+    values = pd.Series(words if dtype else np.array(words), dtype=dtype)
+    vocabulary = learn_vocabulary([count_ids(values)])
+    assert vocabulary.values == (17, "a", "b")
+    assert [type(value) for value in vocabulary.values] == [int, str, str]
+    np.testing.assert_array_equal(look_up(values, vocabulary), [3, 1, 2])
+    np.testing.assert_array_equal(look_up(values, Buckets(99))[1], bucket("17", 99))
+    encoder, ids = listed([np.array(words), words])
+    assert encoder.vocabularies == {"h": (17, "a", "b")}
+    assert ids[0][:3] == ids[1][:3] == [3, 1, 2]
 
 
 VALUES = st.one_of(
@@ -443,14 +514,18 @@ def test_scalers_come_back_from_json_to_the_last_bit(scale, missing):
             pd.to_datetime(["2024-01-01"] * 3),
             {},
             TypeError,
-            "column 'age': Timestamp('2024-01-01 00:00:00') is not a number",
+            "column 'age': Timestamp('2024-01-01 00:00:00') is not a number (dtype"
+            " datetime64[us]); of a date take .dt.hour or .dt.dayofweek, or make it"
+            " an id with .astype(str)",
         ),
         ([[1], [2], [3]], {}, TypeError, "column 'age': [1] is not a number"),
     ],
 )
 def test_dense_columns_refuse(values, options, kind, expected):
     rows = pd.DataFrame({"age": values, "click": 1})
-    expected = expected.replace("dtype str", f"dtype {rows['age'].dtype}")
+    expected = re.sub(
+        r"dtype (str|datetime64\[us\])", f"dtype {rows['age'].dtype}", expected
+    )
     with pytest.raises(kind, match=message(expected)):
         Encoder([Dense("age", **options)], [CLICK]).fit(rows)
     fitted = Encoder([Dense("age", **options)], [CLICK])
@@ -484,7 +559,13 @@ def test_dense_columns_take_all_kinds_of_numbers():
 
 def test_numbers_beyond_single_precision_are_refused_once_scaled():
     rows = pd.DataFrame({"a": [1e300, 2e300]})
-    with pytest.raises(ValueError, match="column 'a': too large for float32 in 2 of 2"):
+    with pytest.raises(
+        ValueError,
+        match=message(
+            "column 'a': too large for float32 (divide the column by a constant first)"
+            " in 2 of 2 rows"
+        ),
+    ):
         Encoder([Dense("a", scale="none")], [CLICK]).fit(rows).transform(rows)
     assert Encoder([Dense("a", scale="minmax")], [CLICK]).fit(rows).transform(
         rows
@@ -562,11 +643,13 @@ def test_sequence_ids_equal_row_by_row_lookup():
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [
-        (["1 2", [3]], "column 'h': '1 2' is not a list, tuple or array of ids"),
-        ([[1], 5], "column 'h': 5 is not a list, tuple or array of ids"),
-        ([[[1, 2]], [[3]]], "column 'h': "),
+        (["1 2", [3]], "column 'h': row 0: '1 2' is not a list, tuple or array of ids"),
+        ([[1], 5], "column 'h': row 1: 5 is not a list, tuple or array of ids"),
+        ([[1], None, [2, [3]]], "column 'h': row 2: [2, [3]] is not a list, tuple or"),
+        ([[], [(1, 2)]], "column 'h': row 1: [(1, 2)] is not a list, tuple or array"),
         ([[1], [0.5]], "column 'h': 0.5 is not an id; an id is a string"),
-        ([np.ones((2, 2), int)], "column 'h': "),
+        ([[1], np.ones((2, 2), int)], "column 'h': row 1: array([[1, 1],"),
+        ([np.array(5)], "column 'h': row 0: array(5) is not a list"),
     ],
 )
 def test_sequences_refuse(cells, expected):
@@ -576,6 +659,27 @@ def test_sequences_refuse(cells, expected):
     rows = pd.DataFrame({"h": pd.Series(cells, dtype=object)})
     with pytest.raises((TypeError, ValueError), match=message(expected)):
         fitted.transform(rows)
+
+
+def test_sequence_rows_are_counted_over_all_blocks(monkeypatch):
+    monkeypatch.setattr(features, "BLOCK", 2)
+    with pytest.raises(TypeError, match="column 'h': row 4: 'x' is not a list"):
+        listed([[1], [2], None, [3], "x"])
+
+
+def test_sequences_take_classes_derived_from_lists():
+    class Items(list):
+        pass
+
+    class Pair(tuple):
+        pass
+
+    class Array(np.ndarray):
+        pass
+
+    cells = [Items([1, 2]), Pair((3,)), np.array([2, 1]).view(Array), Items()]
+    _, ids = listed(cells, length=2)
+    assert ids == [[1, 2], [3, -1], [2, 1], [-1, -1]]
 
 
 def test_a_list_in_a_sparse_column_is_refused():
@@ -655,6 +759,38 @@ def test_encoders_refuse_columns_that_do_not_fit(columns, options, expected):
         Encoder(columns, tasks, **options)
 
 
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ("click", "column 'click' is the label of task 'click' and cannot be the row"),
+        ("bought", "column 'bought' is the label of task 'purchase' and cannot be"),
+        ("seen", "column 'seen' is the given column of task 'purchase' and cannot be"),
+    ],
+)
+def test_the_row_weight_has_no_second_role(weight, expected):
+    tasks = [CLICK, Task("purchase", label="bought", given="seen")]
+    with pytest.raises(ValueError, match=message(expected)):
+        Encoder([Sparse("user")], tasks, weight=weight)
+
+
+def test_encoders_refuse_single_columns_and_tasks(plain):
+    column = plain.Sparse("user")
+    with pytest.raises(TypeError, match="columns: expected a list, found Sparse"):
+        plain.Encoder(column, [CLICK])
+    with pytest.raises(TypeError, match="columns: expected a list, found 'user'"):
+        plain.Encoder("user", [CLICK])
+    with pytest.raises(TypeError, match="tasks: expected a list, found Task"):
+        plain.Encoder([column], CLICK)
+
+
+def test_column_names_of_several_levels_are_refused(encoder, rows):
+    levels = rows.set_axis(pd.MultiIndex.from_product([rows.columns, ["a"]]), axis=1)
+    expected = "rows: the column names have 2 levels (a MultiIndex), expected plain"
+    for call in (encoder.fit, encoder.transform):
+        with pytest.raises(TypeError, match=message(expected)):
+            call(levels)
+
+
 def test_encoders_refuse_other_types(plain, rows):
     with pytest.raises(
         TypeError, match="expected Sparse, Dense or Sequence, found 'a'"
@@ -701,7 +837,7 @@ def test_extra_columns_are_ignored_even_twice(encoder, rows):
 def test_ids_are_named_in_errors(rows):
     encoder = Encoder([Sparse("user")], TASKS)
     bad = rows.assign(user=[1, 2, 0.5, 3, 4])
-    expected = "column 'user': 0.5 is not an id; an id is a string, an integer"
+    expected = "column 'user': 0.5 is not an id; an id is a string, an"
     with pytest.raises(TypeError, match=message(expected)):
         encoder.fit(bad)
     with pytest.raises(TypeError, match=message(expected)):
@@ -777,6 +913,46 @@ def test_unseen_values_are_row_0(encoder, rows):
     assert encoder.unseen(rows).to_dict() == {"user": 0.0, "history": 0.0, "item": 0.0}
     empty = encoder.unseen(rows.assign(history=None))
     assert np.isnan(empty["history"])
+
+
+def test_a_column_of_nothing_but_unseen_values_is_reported_once(plain, encoder, rows):
+    strange = rows.assign(user=["a ", "b ", None, "c ", "d "], history=[[1, 2]] * 5)
+    expected = (
+        "column 'user': no value is known from training; found ['a ', 'b ', 'c '],"
+        " training had ['ana', 'bo', 'cem']"
+    )
+    with pytest.warns(UserWarning, match=message(expected)):
+        encoder.transform(strange)
+    with pytest.warns(UserWarning, match=message(expected)) as caught:
+        plain.Encoder.from_json(encoder.to_json()).transform(strange)
+    assert [w.filename for w in caught] == [__file__]
+    quiet = [
+        strange,  # warned already
+        strange.assign(history=[[1], [2], [], None, [1]]),  # two values are no news
+        rows.assign(item=[9, 8, 7, 6, 31]),  # one is known
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for part in quiet:
+            encoder.transform(part)
+        encoder.unseen(strange)
+    lists = rows.assign(history=[[1, 2], [2], [], None, [3]])
+    expected = (
+        "column 'history': no value is known .* found \\[1, 2, 3\\], .* \\[17, 31,"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        encoder.transform(lists)
+    with pytest.warns(UserWarning, match="column 'user'"):
+        encoder.fit(rows).transform(strange)
+
+
+def test_encoders_and_batches_are_printed_in_short(encoder, columns, rows):
+    assert repr(Encoder(columns, TASKS)) == "Encoder(columns=5, tasks=2, not fitted)"
+    assert repr(encoder) == "Encoder(columns=5, tasks=2, fitted)"
+    batch = encoder.transform(rows)
+    assert repr(batch) == "Batch(ids=[5, 4], dense=[5, 2], labels=[5, 2])"
+    weighted = Batch(batch.ids, batch.dense, batch.labels, batch.dense[:, 0])
+    assert repr(weighted[:3]).endswith("labels=[3, 2], weights=[3])")
 
 
 def test_only_training_rows_teach(columns, rows):
@@ -943,8 +1119,11 @@ def test_regression_labels(rows):
 
 def test_labels_too_large_for_single_precision_are_refused(rows):
     encoder = Encoder([Sparse("user")], [Task("time", "regression")]).fit(rows)
-    expected = "task 'time': label column 'time': too large for float32 in 1 of 5 rows"
-    with pytest.raises(ValueError, match=expected):
+    expected = (
+        "task 'time': label column 'time': too large for float32 (divide the column by"
+        " a constant first) in 1 of 5 rows (first in row 1: 1e+300)"
+    )
+    with pytest.raises(ValueError, match=message(expected)):
         encoder.transform(rows.assign(time=[1, 1e300, 0, 0, 0]))
 
 
@@ -989,6 +1168,7 @@ def test_row_weights(rows):
         (-1, "row weight 'w': negative or missing weight in 1 of 5 rows (first in row"),
         (np.nan, "negative or missing weight in 1 of 5 rows (first in row 1: nan)"),
         (np.inf, "row weight 'w': infinite value in 1 of 5 rows"),
+        (1e39, "row weight 'w': too large for float32 (divide the column by"),
     ):
         with pytest.raises(ValueError, match=message(expected)):
             encoder.transform(weighted.assign(w=[1, value, 1, 1, 1]))
@@ -1194,13 +1374,13 @@ def test_neighbors_of_one_source_are_one_piece_and_sequences_stay_apart(rows):
         Dense("price"),
         Dense("age", missing=0),
     ]
-    pieces = features.merge(features.pieces_of(columns))
+    pieces = features.merge(map(features.piece_of, columns))
     assert [tuple(piece) for piece in pieces] == [
-        (2, 0, 2, None),
-        (2, 2, 5, "mean"),
-        (2, 5, 7, "sum"),
-        (2, 7, 8, None),
-        (0, 0, 2, None),
+        (2, 2, None),
+        (2, 3, "mean"),
+        (2, 2, "sum"),
+        (2, 1, None),
+        (0, 2, None),
     ]
     rows = rows.assign(again=rows["history"], other=[1, 2, 3, 4, 5])
     encoder = Encoder(columns, TASKS).fit(rows)
@@ -1250,7 +1430,9 @@ def test_columns_of_one_kind_alone(rows, columns, width):
 def test_parameters_have_stable_names(encoder):
     names = {n: list(p.shape) for n, p in FeatureEmbedding(encoder).named_parameters()}
     assert names == {"weights.3": [4, 3], "weights.2": [4, 2]}
-    assert list(FeatureEmbedding(encoder).state_dict()) == ["weights.3", "weights.2"]
+    stored = FeatureEmbedding(encoder).state_dict()
+    assert list(stored) == ["_extra_state", "weights.3", "weights.2"]
+    assert stored["_extra_state"] == encoder.fingerprint
 
 
 def test_tables_start_small_and_row_0_at_zero():
@@ -1306,9 +1488,76 @@ def test_an_id_beyond_its_table_reads_row_0_of_that_table(encoder, rows):
 
 def test_a_batch_of_another_encoder_is_refused(encoder, rows):
     other = Encoder([Sparse("user")], TASKS).fit(rows)
+    batch, embedding = other.transform(rows), FeatureEmbedding(encoder)
+    expected = (
+        "the batch and the model come from different encoders, or from one that was"
+        f" fitted again in between: the batch has fingerprint {other.fingerprint[:8]},"
+        f" the model {encoder.fingerprint[:8]}"
+    )
+    for part in (batch, batch[:2], batch.to(dtype=torch.float64)):
+        with pytest.raises(ValueError, match=message(expected)):
+            embedding(part)
+    by_hand = Batch(batch.ids, batch.dense, batch.labels)
     expected = "the batch has 1 positions of ids, the embedding 4"
     with pytest.raises(ValueError, match=expected):
-        FeatureEmbedding(encoder)(other.transform(rows))
+        embedding(by_hand)
+
+
+def test_a_model_keeps_to_the_encoder_as_it_was(encoder, rows):
+    embedding, before = FeatureEmbedding(encoder), encoder.transform(rows)
+    out = embedding(before)
+    again = Encoder.from_json(encoder.to_json())
+    assert torch.equal(embedding(again.transform(rows)), out)
+    first = encoder.fingerprint
+    assert re.fullmatch("[0-9a-f]{32}", first)
+    assert encoder.fit(rows).fingerprint == first
+    assert encoder.fit(rows[1:]).fingerprint != first
+    assert embedding.encoder == before.encoder == before[:2].encoder == first
+    assert torch.equal(embedding(before), out)
+    with pytest.raises(ValueError, match="fitted again in between"):
+        embedding(encoder.transform(rows))
+
+
+def test_stored_weights_know_their_encoder(encoder, rows, tmp_path):
+    embedding, path = FeatureEmbedding(encoder), tmp_path / "weights.pt"
+    torch.save(embedding.state_dict(), path)
+    state = torch.load(path, weights_only=True)
+    mine = FeatureEmbedding(Encoder.from_json(encoder.to_json()))
+    mine.load_state_dict(state)
+    batch = encoder.transform(rows)
+    assert torch.equal(mine(batch), embedding(batch))
+    assert torch.equal(copy.deepcopy(mine)(batch), embedding(batch))
+    # Another order of the same number of users: all shapes agree.
+    renamed = rows["user"].map({"ana": "zoe", "bo": "bo", "cem": "cem"})
+    other = Encoder(encoder.columns, TASKS).fit(rows.assign(user=renamed))
+    assert other.tables == encoder.tables
+    expected = (
+        "these weights were trained with another encoder: theirs has fingerprint"
+        f" {encoder.fingerprint[:8]}, the model's {other.fingerprint[:8]}"
+    )
+    model = torch.nn.Sequential(FeatureEmbedding(other))
+    stored = {f"0.{name}": value for name, value in state.items()}
+    with pytest.raises(ValueError, match=message(expected)):
+        model.load_state_dict(stored)
+    del stored["0._extra_state"]
+    model.load_state_dict(stored, strict=False)
+    assert torch.equal(model[0].weights["3"], embedding.weights["3"])
+
+
+def test_the_backward_pass_fills_nothing_with_zeros():
+    rows = pd.DataFrame({"a": range(9), "b": range(9), "x": 0.5, "y": 1.5})
+    columns = [Sparse("a"), Sparse("b"), Dense("x"), Dense("y")]
+    encoder = Encoder(columns, [CLICK]).fit(rows)
+    embedding, batch = FeatureEmbedding(encoder), encoder.transform(rows)
+    with torch.profiler.profile() as profile:
+        embedding(batch).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::embedding" in names
+    assert not names & {"aten::slice_backward", "aten::split"}
+    assert embedding.in_order
+    reordered = [Sparse("a", width=3), Sparse("b"), Sparse("c", width=3)]
+    rows["c"] = rows["a"]
+    assert not FeatureEmbedding(Encoder(reordered, [CLICK]).fit(rows)).in_order
 
 
 def test_models_of_one_encoder_share_nothing(encoder, rows):
