@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from sklearn.exceptions import UndefinedMetricWarning
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
 from mtl_annotated.features import Batch, Encoder, FeatureEmbedding
@@ -66,7 +66,8 @@ class Ranker(nn.Module):
     logits in another way overrides `losses` and `predictions`; one that adds up
     the tasks in another way overrides `joint`. `tasks` chooses tasks by name.
 
-    Raises: ValueError where a name is not a task of the encoder.
+    Raises: TypeError for what is no encoder; ValueError where a name is not a
+    task of the encoder.
     """
 
     trunk: nn.Module
@@ -74,6 +75,10 @@ class Ranker(nn.Module):
 
     def __init__(self, encoder: Encoder, *, tasks: Iterable[str] | None = None) -> None:
         super().__init__()
+        if not isinstance(encoder, Encoder):
+            raise TypeError(
+                f"encoder: expected an Encoder, found {type(encoder).__name__}"
+            )
         self.label_index = task_positions(encoder.tasks, tasks)
         self.tasks = tuple(encoder.tasks[index] for index in self.label_index)
         self.outputs = tuple(name for task in self.tasks for name in task.outputs)
@@ -113,8 +118,22 @@ class Ranker(nn.Module):
     def predictions(
         self, batch: Batch, logits: Float[Tensor, "batch outputs"] | None = None
     ) -> Float[Tensor, "batch outputs"]:
-        """Probabilities and values, a column for each name in `outputs`."""
+        """Probabilities and values, a column for each name in `outputs`.
+
+        `logits` may be float64 on the CPU whatever the batch is: `predict` and
+        `fit` ask so, in order that a large logit does not become a plain 0 or 1.
+        """
         return predictions(self(batch) if logits is None else logits, self.tasks)
+
+
+BLOCK = 64
+
+
+# Chapter 'Training', section 'Batches are slices'
+def slices(rows: Batch, size: int) -> Iterator[Batch]:
+    """The rows in their own order, `size` at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 # Chapter 'Training', section 'Batches are slices'
@@ -122,8 +141,8 @@ def batches(
     rows: Batch, order: Int[Tensor, " rows"], batch_size: int
 ) -> Iterator[Batch]:
     """The rows in the given order, in batches; the last one may be smaller."""
-    for chosen in order.split(batch_size):
-        yield rows[chosen]
+    for chosen in order.split(BLOCK * batch_size):
+        yield from slices(rows[chosen], batch_size)
 
 
 # Chapter 'Training', section 'The same numbers twice'
@@ -188,12 +207,16 @@ def train_mode(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
 
 
 # Chapter 'Training', section 'Predict and evaluate'
-def positive(name: str, value: Any, *, whole: bool = False) -> None:
-    """Refuse what is not a finite number above zero (a whole one, if asked)."""
+def check_number(
+    name: str, value: Any, *, whole: bool = False, zero: bool = False
+) -> None:
+    """Refuse what is no finite number above zero, or from zero on if asked."""
     fits = isinstance(value, Integral if whole else Real)
-    if not fits or isinstance(value, bool) or not isfinite(value) or not value > 0:
+    fits = fits and not isinstance(value, bool) and isfinite(value)
+    if not (fits and (value > 0 or (zero and value == 0))):
         kind = "a whole number" if whole else "a number"
-        raise ValueError(f"{name}: expected {kind} above 0, found {value!r}")
+        least = "of at least 0" if zero else "above 0"
+        raise ValueError(f"{name}: expected {kind} {least}, found {value!r}")
 
 
 # Chapter 'Training', section 'Predict and evaluate'
@@ -227,6 +250,18 @@ def check_batch(name: str, rows: Any) -> None:
         raise ValueError(f"{name}: expected at least one row, found none")
 
 
+# Chapter 'Training', section 'Predict and evaluate'
+def placed(model: Ranker, device: torch.device | str | None) -> Ranker:
+    """The model, on the device if one is given; ValueError if not here."""
+    if device is None:
+        return model
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device: {device!r} cannot be used here: {error}") from error
+    return model.to(device)
+
+
 SCORING_ROWS = 8192
 
 
@@ -238,10 +273,9 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 # Chapter 'Training', section 'Predict and evaluate'
-def slices(rows: Batch, size: int) -> Iterator[Batch]:
-    """The rows in their own order, `size` at a time."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def double_predictions(model: Ranker, batch: Batch, logits: Tensor) -> np.ndarray:
+    """A model's predictions from its logits, computed in float64."""
+    return model.predictions(batch, logits.cpu().double()).cpu().numpy()
 
 
 # Chapter 'Training', section 'Predict and evaluate'
@@ -249,26 +283,32 @@ def predict(
     model: Ranker,
     batch: Batch,
     *,
+    index: Any = None,
     batch_size: int = SCORING_ROWS,
     device: torch.device | str | None = None,
 ) -> pd.DataFrame:
     """Probabilities and values: a row for each row, a column for each output.
 
+    The rows keep the batch's order and get the `index`, such as `table.index`,
+    or are numbered from 0. All columns are float64, whatever the model's type.
     `device` moves the model there, as `model.to(device)` does.
-    Raises: TypeError, ValueError for what is no model, no batch or no size.
+    Raises: TypeError, ValueError for what is no model, no batch, no size or no
+    device, and for an index of another length.
     """
     check_ranker(model)
     check_batch("batch", batch)
-    positive("batch_size", batch_size, whole=True)
-    place = home(model if device is None else model.to(device))
-    with scoring(model):
-        values = torch.cat(
-            [
-                model.predictions(part.to(*place)).cpu()
-                for part in slices(batch, batch_size)
-            ]
+    check_number("batch_size", batch_size, whole=True)
+    if index is not None and len(index) != len(batch):
+        raise ValueError(
+            f"index: expected {len(batch)} values, one for each row, found {len(index)}"
         )
-    return pd.DataFrame(values.numpy(), columns=list(model.outputs))
+    place = home(placed(model, device))
+    with scoring(model):
+        found = [
+            double_predictions(model, part, model(part))
+            for part in (each.to(*place) for each in slices(batch, batch_size))
+        ]
+    return pd.DataFrame(np.concatenate(found), index=index, columns=list(model.outputs))
 
 
 # Chapter 'Training', section 'Predict and evaluate'
@@ -302,6 +342,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Metrics on labeled rows: a row for each task.
 
+    `rows` counts the rows with a label. All else, `mean_label` included, is
+    weighted by the batch's row weights, and computed from float64 predictions.
     `groups` holds an id for each row and adds `grouped_auc`; `metrics` names a
     choice of metrics, all if None. NaN where a metric does not fit the task.
     Raises: as `predict` and `measure` do.
@@ -395,38 +437,43 @@ class Settings:
         check_settings(self)
 
 
+WHOLE = ("epochs", "batch_size", "patience", "seed")
+NUMBERS = (*WHOLE, "learning_rate", "weight_decay", "clip_norm")
+
+
 # Chapter 'Training', section 'Settings'
 def check_settings(settings: Settings) -> None:
     """Refuse sizes and rates that cannot be, and words that mean nothing."""
-    for name in (
-        "epochs",
-        "batch_size",
-        "learning_rate",
-        "patience",
-        "clip_norm",
-    ):
-        value = getattr(settings, name)
-        optional = name in ("patience", "clip_norm")
-        if value is not None or not optional:
-            whole = name not in ("learning_rate", "clip_norm")
-            positive(name, value, whole=whole)
-    for name in ("weight_decay", "seed"):
-        if getattr(settings, name) != 0:
-            positive(name, getattr(settings, name), whole=name == "seed")
+    for name in NUMBERS:
+        value, whole = getattr(settings, name), name in WHOLE
+        if value is None and name in ("patience", "clip_norm"):
+            continue
+        zero = name in ("weight_decay", "seed")
+        check_number(name, value, whole=whole, zero=zero)
+        object.__setattr__(settings, name, (int if whole else float)(value))
     one_of("schedule", settings.schedule, ("epoch", "batch"))
     one_of("precision", settings.precision, (None, "bf16"))
     if not callable(settings.optimizer):
         one_of("optimizer", settings.optimizer, OPTIMIZERS)
+    if not (settings.scheduler is None or callable(settings.scheduler)):
+        raise TypeError(
+            "scheduler: expected a callable from an optimizer to a scheduler,"
+            f" found {type(settings.scheduler).__name__}"
+        )
 
 
 # Chapter 'Training', section 'Settings'
-def build_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
+def build_optimizer(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
     """The optimizer of the parameters that want a gradient.
 
-    Raises: ValueError, TypeError where a callable is combined with a learning
-    rate or a weight decay, or returns something else.
+    Raises: ValueError, TypeError for no parameters, and where a callable is
+    combined with a learning rate or a weight decay, or returns something else.
     """
-    parameters = [each for each in model.parameters() if each.requires_grad]
+    if not parameters:
+        raise ValueError(
+            "model: expected a parameter that wants a gradient, found all"
+            " frozen; see requires_grad_"
+        )
     rate, decay = settings.learning_rate, settings.weight_decay
     if isinstance(settings.optimizer, str):
         return named_optimizer(
@@ -446,14 +493,28 @@ def build_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
     return optimizer
 
 
+# Chapter 'Training', section 'Settings'
+def build_scheduler(optimizer: Optimizer, settings: Settings) -> Any:
+    """The scheduler that was asked for, or None; TypeError if it is none."""
+    if settings.scheduler is None:
+        return None
+    scheduler = settings.scheduler(optimizer)
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(
+            "scheduler: expected a callable that returns a torch LRScheduler,"
+            f" it returned {type(scheduler).__name__}"
+        )
+    return scheduler
+
+
 # Chapter 'Training', section 'A record'
 class History(pd.DataFrame):
     """A run's figures: a row for each epoch, set of rows and task.
 
-    Columns: `epoch` (from 1), `rows`, `task`, `loss`, `learning_rate` (at the
-    epoch's first step), then metrics. `rows` is "train", "valid" or a name from
-    `also`, scored after the epoch; "batches" is the mean of the losses seen
-    while training. `attrs` holds `monitor`, its `scores` and `best_epoch`.
+    Columns: `epoch` (from 1), `split`, `task`, `loss`, `learning_rate` (at the
+    epoch's first step), then metrics. `split` is "train", "valid" or a name
+    from `also`, scored after the epoch; "batches" is the mean of the losses
+    seen while training. `attrs` holds `monitor`, its `scores` and `best_epoch`.
     """
 
     @property
@@ -466,13 +527,13 @@ class History(pd.DataFrame):
         return self.attrs.get("best_epoch")
 
     def curves(self, metric: str = "loss") -> Any:
-        """A matplotlib Figure: a color for each task, a dash for each rows."""
+        """A matplotlib Figure: a color for each task, a dash for each split."""
         import matplotlib.pyplot as plt
 
         one_of("metric", metric, [name for name in self.columns if name not in KEYS])
         figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
         colors = {task: f"C{k}" for k, task in enumerate(self["task"].unique())}
-        for (task, name), part in self.groupby(["task", "rows"], sort=False):
+        for (task, name), part in self.groupby(["task", "split"], sort=False):
             if part[metric].notna().any():
                 dashes = DASHES.get(str(name), "-.")
                 (line,) = axes.plot(part["epoch"], part[metric], dashes)
@@ -482,7 +543,7 @@ class History(pd.DataFrame):
         return figure
 
 
-KEYS = ("epoch", "rows", "task", "learning_rate")
+KEYS = ("epoch", "split", "task", "learning_rate")
 DASHES = {"batches": ":", "train": "--", "valid": "-"}
 
 
@@ -516,23 +577,25 @@ class Progress:
 
 
 # Chapter 'Training', section 'One epoch'
-def label_mass(model: Ranker, rows: Batch) -> Float[Tensor, "rows tasks"]:
-    """How much each label counts: 0 if it is missing, else its row's weight."""
-    mass = (~model.labels(rows).isnan()).to(rows.dense.dtype)
-    return mass if rows.weights is None else mass * rows.weights.unsqueeze(1)
+def label_mask(model: Ranker, rows: Batch) -> Float[Tensor, "rows tasks"]:
+    """1 for each label that counts; 0 if it is missing or its row weighs 0."""
+    valid = ~model.labels(rows).isnan()
+    if rows.weights is not None:
+        valid = valid & (rows.weights > 0).unsqueeze(1)
+    return valid.to(rows.dense.dtype)
 
 
 # Chapter 'Training', section 'One epoch'
 def epoch_means(
     losses: Float[Tensor, "steps tasks"],
-    mass: Float[Tensor, "rows tasks"],
+    mask: Float[Tensor, "rows tasks"],
     batch_size: int,
 ) -> Float[Tensor, " tasks"]:
     """An epoch's mean losses, each batch counted by the labels that it held."""
-    missing = len(losses) * batch_size - len(mass)
-    padded = nn.functional.pad(mass, (0, 0, 0, missing))
-    shares = padded.view(len(losses), batch_size, -1).sum(1)
-    return (losses * shares).sum(0) / shares.sum(0)
+    missing = len(losses) * batch_size - len(mask)
+    padded = nn.functional.pad(mask, (0, 0, 0, missing))
+    counts = padded.view(len(losses), batch_size, -1).sum(1)
+    return (losses * counts).sum(0) / counts.sum(0)
 
 
 # Chapter 'Training', section 'One epoch'
@@ -566,12 +629,12 @@ class Run:
         self.rows = {name: each.to(self.device, dtype) for name, each in rows.items()}
         self.steps = ceil(len(rows["train"]) / settings.batch_size)
         self.frozen = frozen_parts(model)
-        self.optimizer = build_optimizer(model, settings)
-        make = settings.scheduler
-        self.scheduler: Any = None if make is None else make(self.optimizer)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, settings)
+        self.scheduler = build_scheduler(self.optimizer, settings)
         self.facts = settings_facts(settings, self.optimizer, self.scheduler)
         self.monitor = self.named_monitor()
-        self.epoch, self.rate = 0, nan
+        self.epoch, self.rate, self.start = 0, nan, ""
         self.records: list[dict[Any, Any]] = []
         self.latest: tuple[str, list[float]] = ("", [])
         self.scores: list[float] = []
@@ -588,10 +651,11 @@ class Run:
         with self.autocast():
             losses = self.model.losses(batch)
             joint = self.model.joint(losses)
-        self.optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         joint.backward()
         if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+            nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.optimizer.step()
         if self.scheduler is not None and self.settings.schedule == "batch":
             self.scheduler.step()
@@ -613,7 +677,7 @@ class Run:
         found = torch.stack(losses)
         where = f"in epoch {self.epoch}, batch {{}} of {self.steps}"
         check_finite(self.model.tasks, found, where)
-        means = epoch_means(found, label_mass(self.model, rows)[order], size)
+        means = epoch_means(found, label_mask(self.model, rows)[order], size)
         self.record("batches", means)
 
     def record(
@@ -626,7 +690,7 @@ class Run:
         for task, loss in zip(self.model.tasks, losses.tolist(), strict=True):
             row = {
                 "epoch": self.epoch,
-                "rows": name,
+                "split": name,
                 "task": task.name,
                 "loss": loss,
                 "learning_rate": self.rate,
@@ -645,10 +709,10 @@ class Run:
             )
             losses = self.model.losses(rows, logits)
             joint = float(self.model.joint(losses))
-            predicted = self.model.predictions(rows, logits).cpu().numpy()
+            predicted = double_predictions(self.model, rows, logits)
         where = f"on the rows {name!r} after epoch {self.epoch}"
         check_finite(self.model.tasks, losses.unsqueeze(0), where)
-        losses = losses.where(label_mass(self.model, rows).sum(0) > 0, nan)
+        losses = losses.where(label_mask(self.model, rows).sum(0) > 0, nan)
         figures = measured(self.model, rows, predicted, self.groups.get(name), names)
         return joint, losses, figures[names]
 
@@ -717,10 +781,19 @@ class Run:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UndefinedMetricWarning)
             joint, losses, figures = self.score("valid")
-        if losses.isnan().all() or isnan(self.monitor.score(joint, figures)):
-            why = "; ".join(dict.fromkeys(str(each.message) for each in caught))
+        why = list(dict.fromkeys(str(each.message) for each in caught))
+        if self.monitor.metric is None:
+            absent = zip(self.model.tasks, losses.isnan().tolist(), strict=True)
+            why = [
+                f"no label for task {task.name!r}"
+                for task, none in absent
+                if none and task.weight > 0
+            ]
+            joint = nan if why else joint
+        if isnan(self.monitor.score(joint, figures)):
             raise ValueError(
-                f"monitor: {self.monitor.name!r} is undefined on the valid rows ({why})"
+                f"monitor: {self.monitor.name!r} is undefined on the valid rows"
+                f" ({'; '.join(why)})"
             )
 
     def check_plateau(self) -> None:
@@ -754,10 +827,12 @@ class Run:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What may not differ between a file and the run that resumes from it."""
-        rows = {f"rows {name}": digest(each) for name, each in self.rows.items()}
-        for name, values in self.groups.items():
-            codes, _ = pd.factorize(pd.Series(values))
-            rows[f"groups {name}"] = hashlib.blake2b(codes.tobytes()).hexdigest()[:16]
+        deciding = [name for name in ("train", "valid") if name in self.rows]
+        rows = {f"rows {name}": rows_fact(self.rows[name]) for name in deciding}
+        metric = self.monitor.metric
+        if metric is not None and METRICS[metric].needs_groups:
+            codes, _ = pd.factorize(pd.Series(self.groups["valid"]))
+            rows["groups valid"] = digest([torch.from_numpy(codes)])
         return model_facts(self.model) | self.facts | rows
 
     def state(self) -> dict[str, Any]:
@@ -765,17 +840,24 @@ class Run:
         return {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
+            "start": self.start,
             "epoch": self.epoch,
             "records": self.records,
             "scores": self.scores,
             "best": self.best,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler and self.scheduler.state_dict(),
+            "optimizer": plain(self.optimizer.state_dict()),
+            "scheduler": self.scheduler and plain(self.scheduler.state_dict()),
         }
 
     def resume(self, path: Path) -> None:
-        """Carry on from the file. Raises: ValueError where it is of another run."""
+        """Carry on from the file, if there is one; ValueError if of another run.
+
+        Warns where the model's weights are not those that the run began with.
+        """
+        self.start = digest([*self.model.parameters(), *self.model.buffers()])
+        if not path.exists():
+            return
         state = load_checkpoint(path, self.device)
         check_same(path, state["fingerprint"], self.fingerprint)
         if state["epoch"] > self.settings.epochs:
@@ -783,12 +865,29 @@ class Run:
                 f"checkpoint {path} holds {state['epoch']} epochs already; expected"
                 f" at most epochs={self.settings.epochs}"
             )
+        if state["start"] != self.start:
+            warnings.warn(
+                f"resuming {path} after epoch {state['epoch']}: this model's"
+                " starting weights are replaced",
+                stacklevel=4,
+            )
+            self.start = state["start"]
         self.epoch, self.best = state["epoch"], state["best"]
         self.records, self.scores = state["records"], state["scores"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+
+
+# Chapter 'Training', section 'Refused before the first step'
+def check_mapping(name: str, value: Any, example: str) -> None:
+    """Refuse what is no mapping by name; None is an empty one."""
+    if not (value is None or isinstance(value, Mapping)):
+        raise TypeError(
+            f"{name}: expected a mapping such as {example}, found"
+            f" {type(value).__name__}"
+        )
 
 
 RESERVED = ("batches", "train", "valid")
@@ -799,6 +898,7 @@ def named_rows(
     train: Batch, valid: Batch | None, also: Mapping[str, Batch] | None
 ) -> dict[str, Batch]:
     """All sets of rows by name; refuses taken names and what is no batch."""
+    check_mapping("also", also, '{"test": batch}')
     rows = {"train": train} | ({} if valid is None else {"valid": valid})
     for name, each in (also or {}).items():
         if not isinstance(name, str) or not name or name in RESERVED:
@@ -815,7 +915,7 @@ def named_rows(
 # Chapter 'Training', section 'Refused before the first step'
 def check_labels(model: Ranker, train: Batch) -> None:
     """Refuse training rows in which a task has no label at all."""
-    seen = (label_mass(model, train).sum(0) > 0).tolist()
+    seen = (label_mask(model, train).sum(0) > 0).tolist()
     names = [
         task.name for task, some in zip(model.tasks, seen, strict=True) if not some
     ]
@@ -839,6 +939,22 @@ def check_groups(groups: Mapping[str, Any], rows: Mapping[str, Batch]) -> None:
 
 
 # Chapter 'Training', section 'Refused before the first step'
+def check_last_batch(model: Ranker, rows: int, batch_size: int) -> None:
+    """Refuse a last batch of one row where a layer normalizes over batches."""
+    frozen = frozen_parts(model)
+    normalized = any(
+        isinstance(part, nn.BatchNorm1d) and part not in frozen
+        for part in model.modules()
+    )
+    if normalized and (rows - 1) % batch_size == 0:
+        raise ValueError(
+            f"batch_size: {rows} rows in batches of {batch_size} leave a batch"
+            " of one row, over which batch normalization is undefined; choose"
+            f" another batch_size, or train on train[:{rows - 1}]"
+        )
+
+
+# Chapter 'Training', section 'Refused before the first step'
 def check_precision(model: Ranker, precision: str | None) -> None:
     """Refuse weights below 32 bits, and autocast where it would do nothing."""
     found = home(model)[1]
@@ -851,14 +967,21 @@ def check_precision(model: Ranker, precision: str | None) -> None:
 
 
 # Chapter 'Training', section 'A file to resume from'
-def digest(rows: Batch) -> str:
-    """A short text that any other value or order of the rows would change."""
+def digest(values: Iterable[Tensor | None]) -> str:
+    """A short text that any other value, order or shape would change."""
     found = hashlib.blake2b(digest_size=8)
-    for values in (rows.ids, rows.dense, rows.labels, rows.weights):
-        if values is not None:
-            found.update(repr(values.shape).encode())
-            found.update(values.cpu().contiguous().numpy().tobytes())
-    return f"{len(rows)} rows, digest {found.hexdigest()}"
+    for each in values:
+        if each is not None:
+            found.update(repr(each.shape).encode())
+            found.update(each.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+# Chapter 'Training', section 'A file to resume from'
+def rows_fact(rows: Batch) -> str:
+    """Rows in words to compare: how many, and the digest of their tensors."""
+    found = digest((rows.ids, rows.dense, rows.labels, rows.weights))
+    return f"{len(rows)} rows, digest {found}"
 
 
 # Chapter 'Training', section 'A file to resume from'
@@ -871,6 +994,7 @@ def plain_text(value: Any) -> str:
 def model_facts(model: Ranker) -> dict[str, str]:
     """Class, tasks, modules and parameters of a model, in words to compare."""
     found = {"model class": type(model).__qualname__}
+    found["encoder"] = model.embedding.encoder
     found |= {f"task {task.name}": plain_text(task) for task in model.tasks}
     for name, module in model.named_modules():
         found[f"module {name}"] = f"{type(module).__name__}({module.extra_repr()})"
@@ -879,18 +1003,33 @@ def model_facts(model: Ranker) -> dict[str, str]:
     return found
 
 
+DECISIVE = (
+    "batch_size",
+    "schedule",
+    "monitor",
+    "clip_norm",
+    "precision",
+    "seed",
+)
+
+
 # Chapter 'Training', section 'A file to resume from'
 def settings_facts(
     settings: Settings, optimizer: Optimizer, scheduler: Any
 ) -> dict[str, str]:
-    """The settings in words to compare, without `epochs`, which may grow."""
-    found = {f"setting {name}": plain_text(v) for name, v in vars(settings).items()}
-    del found["setting epochs"]
-    groups = [{**group, "params": None} for group in optimizer.param_groups]
-    found["setting optimizer"] = f"{type(optimizer).__name__} {plain_text(groups)}"
+    """The settings that decide weights, in words to compare."""
+    found = {
+        f"setting {name}": plain_text(getattr(settings, name)) for name in DECISIVE
+    }
+    found["optimizer"] = type(optimizer).__name__
+    for place, group in enumerate(optimizer.param_groups):
+        for name, value in group.items():
+            if name != "params":
+                found[f"optimizer {name}, group {place}"] = plain_text(value)
     if scheduler is not None:
-        state = plain_text(scheduler.state_dict())
-        found["setting scheduler"] = f"{type(scheduler).__name__} {state}"
+        found["scheduler"] = type(scheduler).__name__
+        for name, value in scheduler.state_dict().items():
+            found[f"scheduler {name}"] = plain_text(value)
     return found
 
 
@@ -907,7 +1046,7 @@ def check_same(
     if lines:
         raise ValueError(
             f"checkpoint {path} is of another run; delete it or choose another"
-            f" path. {len(lines)} differences, at most five shown:\n"
+            f" path. Differences: {len(lines)}, at most five shown:\n"
             + "\n".join(lines[:5])
         )
 
@@ -926,31 +1065,46 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except Exception as error:
-        partial.unlink(missing_ok=True)
         raise OSError(
             f"checkpoint {path} could not be written: {error}; a file that was"
             " there before is as it was"
         ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-FORMAT = "mtl_annotated checkpoint 1"
+FORMAT = "mtl_annotated checkpoint 2"
 
 
 # Chapter 'Training', section 'A file to resume from'
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote; nothing in the file is executed.
 
-    Raises: ValueError where the file is no checkpoint of `fit`.
+    Raises: ValueError where the file is no whole checkpoint of `fit`.
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:
-        raise ValueError(f"checkpoint {path}: not readable as one ({error})") from error
+        raise ValueError(
+            f"checkpoint {path}: not readable as one, or cut short ({error})"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"checkpoint {path}: expected a file that fit wrote")
     return state
+
+
+# Chapter 'Training', section 'A file to resume from'
+def plain(value: Any) -> Any:
+    """The same with NumPy's numbers as Python's, however deep they lie."""
+    if isinstance(value, dict):
+        found = copy.copy(value)
+        found.update((name, plain(each)) for name, each in value.items())
+        return found
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 # Chapter 'Training', section '`fit`'
@@ -967,9 +1121,8 @@ def prepare(
     check_groups(groups, rows)
     check_metrics(settings.metrics, model.tasks, grouped=bool(groups))
     check_precision(model, settings.precision)
-    if device is not None:
-        model.to(device)
-    run = Run(model, rows, settings, groups)
+    check_last_batch(model, len(rows["train"]), settings.batch_size)
+    run = Run(placed(model, device), rows, settings, groups)
     run.check_monitor()
     return run
 
@@ -977,7 +1130,7 @@ def prepare(
 # Chapter 'Training', section '`fit`'
 def carry_out(run: Run, path: Path | None, shown: bool) -> History:
     """Carry a run to its end, from its file if there is one."""
-    if path is not None and path.exists():
+    if path is not None:
         run.resume(path)
     names = [task.name for task in run.model.tasks]
     total, done = run.settings.epochs * run.steps, run.epoch * run.steps
@@ -1034,27 +1187,48 @@ def fit(
 ) -> History:
     """Train the model in place; it ends with its best weights on valid rows.
 
+    All rows are held on the model's device at once. A row's weight multiplies
+    its losses, which are divided by the number of labels: weights with mean 1
+    keep the meaning of the learning rate, and a row of weight 0 is left out.
+    Metrics are weighted means.
+
     Args:
+        model: any `Ranker`; a layer that is in eval mode stays so.
+        train: the rows to learn from, with a label for every task.
+        valid: rows that choose the best epoch; without them the last one stays.
         epochs: passes over the training rows, at most.
-        optimizer: "adam", "adamw", "sgd" or "adagrad", with `learning_rate` and
-            `weight_decay`; or a callable from parameters to an optimizer.
-        scheduler: a callable from the optimizer to a scheduler, stepped after
-            each epoch, or with `schedule="batch"` after each batch.
+        batch_size: rows a step; the last step of an epoch may have fewer.
+        optimizer: "adam", "adamw", "sgd" or "adagrad", or a callable from a
+            list of parameters to an optimizer.
+        learning_rate: of an optimizer by name, as is `weight_decay`.
+        weight_decay: as torch's optimizer of that name understands it.
+        scheduler: a callable from the optimizer to a scheduler.
+        schedule: whether that is stepped after each "epoch" or each "batch".
         monitor: what says which epoch is best on the validation rows: "loss"
             (the joint one), "task/metric" or "mean/metric" (mean over tasks).
         patience: stop after so many epochs without a better one, if given.
         also: further rows by name, scored after each epoch, never chosen by.
         train_metrics: score the training rows too after each epoch.
         metrics: names of metrics; all that fit the tasks if None.
-        groups: for names of rows, an id for each row, for `grouped_auc`.
+        groups: a mapping from "train", "valid" or a name in `also` to an id for
+            each of its rows, for `grouped_auc`.
         clip_norm: largest norm of the gradient of all parameters together.
         precision: "bf16" computes the forward pass in bfloat16.
         device: moves the model there first; else it is trained where it is.
         seed: decides shuffles and noise, not the weights to start from.
         checkpoint: a file, written after each epoch, resumed from if it exists.
+        progress: show a bar.
 
-    Raises: TypeError, ValueError for input that does not fit; OSError for a file
-        that cannot be written; FloatingPointError for a loss that is not finite.
+    Returns:
+        A History: a row for each epoch, split and task, and `best_epoch`.
+
+    Raises: TypeError, ValueError for input that does not fit; OSError for a
+        file that cannot be written; FloatingPointError for a loss that is not
+        finite. After an error the model has its best weights so far, if there
+        are valid rows and a finished epoch; else it is left as it broke, NaN
+        included.
+
+    Warns: UserWarning where a checkpoint replaces other starting weights.
     """
     names = (metrics,) if isinstance(metrics, str) else metrics
     settings = Settings(
@@ -1074,6 +1248,7 @@ def fit(
         seed=seed,
     )
     path = checkpoint_path(checkpoint)
+    check_mapping("groups", groups, '{"valid": ids}')
     rows = named_rows(train, valid, also)
     run = prepare(model, rows, settings, groups or {}, device)
     return carry_out(run, path, progress)
@@ -1084,8 +1259,17 @@ def check_replicas(models: Sequence[nn.Module]) -> None:
     """Refuse models that are not copies of one architecture in one mode."""
     if not models:
         raise ValueError("replicas: expected at least one model, found none")
+    if any(isinstance(model, Ranker) for model in models):
+        raise TypeError(
+            "replicas: expected models that take tensors; a Ranker takes a"
+            " Batch, so replicate its trunk or its towers"
+        )
     found = [
-        (repr(model), [(k, v.shape) for k, v in model.state_dict().items()])
+        (
+            repr(model),
+            [(k, v.shape) for k, v in model.named_parameters()],
+            [(k, v.shape) for k, v in model.named_buffers()],
+        )
         for model in models
     ]
     for index, (each, model) in enumerate(zip(found, models, strict=True)):
@@ -1106,11 +1290,13 @@ def flat(name: str) -> str:
 class Replicas(nn.Module):
     """S models of one architecture, run as one batched program.
 
-    Parameters and buffers get a leading axis S. Train the sum of the S losses
+    The models take plain tensors: a trunk or a tower, not a Ranker. Parameters
+    and buffers get a leading axis S. Train the sum of the S losses
     with an elementwise optimizer, and each replica learns as it would alone.
     What mixes all parameters, such as clipping by their norm, breaks that.
 
-    Raises: ValueError for no models, or models that differ.
+    Raises: ValueError for no models, or models that differ; TypeError for a
+    Ranker.
     """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -33,7 +35,7 @@ from mtl_annotated.training import (
     epoch_seeds,
     evaluate,
     fit,
-    label_mass,
+    label_mask,
     load_checkpoint,
     monitors,
     predict,
@@ -84,7 +86,8 @@ def model(seed: int = 0, **options) -> Linear:
 
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
-    return copy.deepcopy(module.state_dict())
+    found = copy.deepcopy(module.state_dict())
+    return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
 
 
 def same(one: dict, other: dict) -> bool:
@@ -94,12 +97,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def changed(rows, **values):
-    return copy.copy(rows).__class__(
-        **{
-            name: values.get(name, getattr(rows, name))
-            for name in ("ids", "dense", "labels", "weights")
-        }
-    )
+    return replace(rows, **values)
 
 
 # The model's side
@@ -126,6 +124,11 @@ def test_ranker_refuses_tasks_that_are_none(names):
         model(tasks=names)
 
 
+def test_ranker_refuses_what_is_no_encoder(unchecked):
+    with pytest.raises(TypeError, match="encoder: expected an Encoder, found DataF"):
+        Linear(table(3))
+
+
 def test_joint_is_the_weighted_sum_in_both_branches():
     whole = model().double()
     rows = TRAIN.to(dtype=torch.float64)
@@ -141,17 +144,38 @@ def test_joint_is_the_weighted_sum_in_both_branches():
 
 def test_predictions_are_probabilities_and_values():
     whole = model()
-    found, logits = predict(whole, TRAIN), whole(TRAIN).detach()
+    found, logits = predict(whole, TRAIN), whole(TRAIN).detach().double()
+    assert set(found.dtypes) == {np.dtype("float64")}
     assert list(found) == list(whole.outputs)
-    np.testing.assert_allclose(found["click"], logits[:, 0].sigmoid(), rtol=1e-6)
-    np.testing.assert_allclose(found["dwell"], logits[:, 1], rtol=1e-6)
-    np.testing.assert_allclose(found.iloc[:, 2:].sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(found["click"], logits[:, 0].sigmoid(), rtol=1e-15)
+    np.testing.assert_array_equal(found["dwell"], logits[:, 1])
+    np.testing.assert_allclose(found.iloc[:, 2:].sum(axis=1), 1, rtol=1e-15)
+
+
+def test_predictions_of_a_sure_model_do_not_saturate():
+    sure = model(tasks=["click"])
+    nn.init.zeros_(sure.towers.weight)
+    nn.init.constant_(sure.towers.bias, 30.0)
+    assert 1 - predict(sure, VALID)["click"][0] == pytest.approx(9.4e-14, rel=0.01)
+    found = evaluate(sure, VALID, metrics=["log_loss"])["log_loss"]["click"]
+    labels = VALID.labels[:, 0].double().mean().item()
+    assert found == pytest.approx(30 * (1 - labels), rel=1e-3)
+
+
+def test_predict_keeps_the_order_and_takes_an_index():
+    scored, ids = model(), [f"row {place}" for place in range(150)]
+    plain, named = predict(scored, VALID), predict(scored, VALID, index=ids)
+    assert plain.index.equals(pd.RangeIndex(150))
+    assert list(named.index) == ids
+    np.testing.assert_array_equal(plain, named)
+    with pytest.raises(ValueError, match="index: expected 150 values, one .* found 2"):
+        predict(scored, VALID, index=ids[:2])
 
 
 # Batches, seeds, modes
 
 
-@pytest.mark.parametrize("size", [1, 7, 199, 200, 1000])
+@pytest.mark.parametrize("size", [1, 3, 7, 199, 200, 1000])
 def test_batches_hold_every_row_once(size):
     order = shuffled_order(200, 3)
     parts = list(batches(TRAIN, order, size))
@@ -292,8 +316,50 @@ def test_epoch_means_are_means_over_labels(size, weighted):
         rows = changed(rows, weights=weights)
     with torch.no_grad():
         losses = torch.stack([still.losses(part) for part in slices(rows, size)])
-        found = epoch_means(losses, label_mass(still, rows), size)
+        found = epoch_means(losses, label_mask(still, rows), size)
         torch.testing.assert_close(found, still.losses(rows), rtol=0, atol=1e-12)
+
+
+class Constant(Ranker):
+    """One learned number for all rows."""
+
+    def __init__(self, encoder: Encoder, **options) -> None:
+        super().__init__(encoder, **options)
+        self.trunk = nn.Identity()
+        self.towers = nn.Linear(self.embedding.width, len(self.outputs))
+        nn.init.zeros_(self.towers.weight).requires_grad_(False)
+        self.embedding.requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [1, 32, 192])
+def test_row_weights_move_the_optimum_to_the_weighted_mean(size):
+    frame = table(192).assign(dwell=lambda rows: rows["age"])
+    encoder = Encoder(COLUMNS, TASKS, weight="mass").fit(frame)
+    rows = encoder.transform(frame).to(dtype=torch.float64)
+    rows = changed(rows, weights=torch.exp(rows.labels[:, 1]))
+    values, weights = rows.labels[:, 1], rows.weights
+    best = (values * weights).sum() / weights.sum()
+    assert best - values.mean() > 0.5
+    trained = Constant(encoder, tasks=["dwell"]).double()
+    with torch.no_grad():
+        trained.towers.bias.fill_(best)
+    for part in slices(rows, size):
+        trained.loss(part).backward()
+    assert trained.towers.bias.grad.abs() < 1e-12
+    nn.init.zeros_(trained.towers.bias)
+    rates = {"optimizer": "sgd", "learning_rate": 0.0005 * size}
+    fit(trained, rows, epochs=40, batch_size=size, progress=False, **rates)
+    assert trained.towers.bias.item() == pytest.approx(best.item(), abs=0.03)
+
+
+def test_weighted_epoch_means_are_the_objective():
+    weights = torch.arange(200) % 4 / 1.5
+    still = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.0)}
+    history = fit(
+        model().double(), changed(TRAIN, weights=weights), epochs=1, **still, **QUIET
+    )
+    losses = history.pivot(index="task", columns="split", values="loss")
+    np.testing.assert_allclose(losses["batches"], losses["train"], rtol=1e-12)
 
 
 def test_batches_without_a_label_of_some_task_are_fine():
@@ -341,7 +407,7 @@ def test_bf16_stays_near_and_keeps_full_precision_outside():
 def test_every_named_optimizer_learns(name):
     rate = {"sgd": 0.1, "adagrad": 0.1}.get(name, 0.01)
     history = fit(model(), TRAIN, epochs=4, optimizer=name, learning_rate=rate, **QUIET)
-    losses = history.query("rows == 'train' and task == 'click'")["loss"].to_numpy()
+    losses = history.query("split == 'train' and task == 'click'")["loss"].to_numpy()
     assert losses[-1] < losses[0]
 
 
@@ -352,7 +418,7 @@ def test_adam_is_fused_here():
 
 def test_weight_decay_reaches_the_optimizer():
     settings = training.Settings(epochs=1, weight_decay=0.3, optimizer="adamw")
-    made = training.build_optimizer(model(), settings)
+    made = training.build_optimizer(list(model().parameters()), settings)
     assert made.param_groups[0]["weight_decay"] == 0.3
 
 
@@ -451,7 +517,7 @@ def test_without_valid_rows_the_last_weights_stay():
     history = fit(one, TRAIN, epochs=3, **QUIET)
     fit(two, TRAIN, VALID, epochs=3, patience=3, **QUIET)
     assert history.best_epoch is None
-    assert set(history["rows"]) == {"batches", "train"}
+    assert set(history["split"]) == {"batches", "train"}
 
 
 def test_the_model_scores_what_its_best_epoch_scored():
@@ -466,7 +532,7 @@ def test_the_model_scores_what_its_best_epoch_scored():
         **QUIET,
     )
     part = history[
-        (history["epoch"] == history.best_epoch) & (history["rows"] == "valid")
+        (history["epoch"] == history.best_epoch) & (history["split"] == "valid")
     ]
     part = part.set_index("task")
     found = evaluate(trained, VALID)
@@ -477,14 +543,14 @@ def test_the_model_scores_what_its_best_epoch_scored():
 
 def test_mean_monitor_is_a_mean_of_tasks():
     history = fit(model(), TRAIN, VALID, epochs=2, monitor="mean/log_loss", **QUIET)
-    valid = history[history["rows"] == "valid"]
+    valid = history[history["split"] == "valid"]
     means = valid.groupby("epoch")["log_loss"].mean()
     np.testing.assert_allclose(history.attrs["scores"], means)
 
 
 def test_loss_monitor_is_the_joint_loss():
     history = fit(model(), TRAIN, VALID, epochs=2, **QUIET)
-    valid = history[history["rows"] == "valid"].pivot(
+    valid = history[history["split"] == "valid"].pivot(
         index="epoch", columns="task", values="loss"
     )
     joint = valid["click"] + 0.5 * valid["dwell"] + valid["rating"]
@@ -503,11 +569,6 @@ def test_monitors_are_listed_with_their_direction():
             assert monitor.higher_is_better is METRICS[metric].higher_is_better
 
 
-def test_a_task_named_mean_is_that_task():
-    found = monitors([Task("mean"), Task("other")], ["auc"])
-    assert found["mean/auc"].tasks == ("mean",)
-
-
 def test_a_mean_over_a_missing_number_is_missing():
     figures = pd.DataFrame({"auc": [0.5, np.nan]}, index=["a", "b"])
     assert np.isnan(Monitor("mean/auc", ("a", "b"), "auc", True).score(0.0, figures))
@@ -523,9 +584,9 @@ def test_grouped_auc_can_be_monitored():
         groups={"valid": USERS},
         **QUIET,
     )
-    valid = history.query("rows == 'valid' and task == 'click'")
+    valid = history.query("split == 'valid' and task == 'click'")
     assert list(valid["grouped_auc"]) == history.attrs["scores"]
-    assert history.query("rows == 'train'")["grouped_auc"].isna().all()
+    assert history.query("split == 'train'")["grouped_auc"].isna().all()
 
 
 # The record
@@ -536,16 +597,16 @@ def test_history_is_a_tidy_frame():
     assert isinstance(history, History)
     assert isinstance(history.query("epoch == 1"), History)
     assert len(history) == 2 * 4 * 3
-    assert not history.duplicated(["epoch", "rows", "task"]).any()
-    assert list(history)[:5] == ["epoch", "rows", "task", "loss", "learning_rate"]
-    assert set(history["rows"]) == {"batches", "train", "valid", "test"}
-    test, valid = (history[history["rows"] == name] for name in ("test", "valid"))
+    assert not history.duplicated(["epoch", "split", "task"]).any()
+    assert list(history)[:5] == ["epoch", "split", "task", "loss", "learning_rate"]
+    assert set(history["split"]) == {"batches", "train", "valid", "test"}
+    test, valid = (history[history["split"] == name] for name in ("test", "valid"))
     np.testing.assert_array_equal(test["loss"], valid["loss"])
 
 
 def test_train_metrics_can_be_left_out():
     history = fit(model(), TRAIN, VALID, epochs=1, train_metrics=False, **QUIET)
-    assert set(history["rows"]) == {"batches", "valid"}
+    assert set(history["split"]) == {"batches", "valid"}
 
 
 def test_chosen_metrics_only():
@@ -558,11 +619,20 @@ def test_chosen_metrics_only():
 def test_a_task_without_valid_labels_has_no_loss_there():
     labels = VALID.labels.clone()
     labels[:, 1] = torch.nan
+    nothing = changed(VALID, labels=labels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UndefinedMetricWarning)
-        history = fit(model(), TRAIN, changed(VALID, labels=labels), epochs=1, **QUIET)
-    part = history[history["rows"] == "valid"].set_index("task")["loss"]
+        history = fit(model(), TRAIN, nothing, epochs=1, monitor="click/auc", **QUIET)
+        without = model()
+        without.tasks = tuple(
+            replace(t, weight=0.0 if t.name == "dwell" else 1.0) for t in TASKS
+        )
+        fit(without, TRAIN, nothing, epochs=1, **QUIET)
+    part = history[history["split"] == "valid"].set_index("task")["loss"]
     assert list(part.isna()) == [False, True, False]
+    message = r"'loss' is undefined on the valid rows \(no label for task 'dwell'\)"
+    with pytest.raises(ValueError, match=message):
+        fit(model(), TRAIN, nothing, epochs=1, metrics=(), **QUIET)
 
 
 def test_curves_draw_a_line_for_each_task_and_rows():
@@ -627,10 +697,11 @@ BAD = {
     "batch_size: expected a whole number above 0, found -3": {"batch_size": -3},
     "learning_rate: expected a number above 0, found 0": {"learning_rate": 0.0},
     "learning_rate: expected a number above 0, found nan": {"learning_rate": np.nan},
-    "weight_decay: expected a number above 0, found -0.1": {"weight_decay": -0.1},
+    "weight_decay: expected a number of at least 0, found -0.1": {"weight_decay": -0.1},
     "clip_norm: expected a number above 0, found 0": {"clip_norm": 0.0},
     "patience: expected a whole number above 0, found 0": {"patience": 0},
-    "seed: expected a whole number above 0, found -1": {"seed": -1},
+    "seed: expected a whole number of at least 0, found -1": {"seed": -1},
+    "device: 'gpu' cannot be used here: ": {"device": "gpu"},
     "unknown metric 'AUC', choose from auc": {"metrics": ["AUC"]},
     "metric 'grouped_auc' needs groups": {"metrics": ["grouped_auc"]},
     "optimizer: unknown 'adm', choose from 'adam'": {"optimizer": "adm"},
@@ -705,6 +776,59 @@ def test_valid_rows_without_any_label_are_refused():
 def test_rows_whose_labels_have_no_weight_are_no_labels():
     with pytest.raises(ValueError, match="no label for task 'click'"):
         fit(model(), changed(TRAIN, weights=torch.zeros(200)), epochs=1, **QUIET)
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations are not asserted: what a caller without them would see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+WRONG_TYPES = {
+    "scheduler: expected a callable .* found str": {"scheduler": "cosine"},
+    "scheduler: expected a callable .* found StepLR": {
+        "scheduler": SCHEDULERS.StepLR(torch.optim.SGD([torch.zeros(1)]), 1)
+    },
+    "returns a torch LRScheduler, it returned NoneType": {"scheduler": lambda o: None},
+    "also: expected a mapping such as .* found Batch": {"also": VALID},
+    "groups: expected a mapping such as .* found ndarray": {"groups": USERS},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_TYPES)
+def test_options_of_a_wrong_type_are_refused(message, monkeypatch, unchecked):
+    monkeypatch.setattr(training.Run, "step", lambda *_: 1 / 0)
+    with pytest.raises(TypeError, match=message):
+        fit(model(), TRAIN, VALID, epochs=1, **WRONG_TYPES[message], **QUIET)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a place without CUDA")
+def test_a_device_that_is_not_here_is_named():
+    with pytest.raises(ValueError, match="device: 'cuda' cannot be used here"):
+        fit(model(), TRAIN, epochs=1, device="cuda", **QUIET)
+    with pytest.raises(ValueError, match="device: 'cuda' cannot be used here"):
+        predict(model(), TRAIN, device="cuda")
+
+
+def test_a_model_without_a_free_parameter_is_refused():
+    with pytest.raises(ValueError, match="parameter that wants a gradient, found all"):
+        fit(model().requires_grad_(False), TRAIN, epochs=1, **QUIET)
+
+
+@pytest.mark.parametrize(("rows", "size"), [(33, 32), (10, 1), (1, 256)])
+def test_a_batch_of_one_row_is_refused_for_batch_normalization(rows, size):
+    normalized = model()
+    normalized.trunk = nn.BatchNorm1d(4)
+    options = {"epochs": 1, "progress": False, "batch_size": size}
+    train = TRAIN[(TRAIN.labels[:, 2] == 1).nonzero()[:, 0]].labels[:1]
+    train = changed(TRAIN[:rows], labels=train.nan_to_num(1.0).repeat(rows, 1))
+    message = f"batch_size: {rows} rows in batches of {size} leave a batch of one row"
+    with pytest.raises(ValueError, match=message):
+        fit(normalized, train, **options)
+    normalized.trunk.eval()
+    assert len(fit(normalized, train, train_metrics=False, **options)) == 3
 
 
 def test_precision_needs_float32():
@@ -851,17 +975,17 @@ def test_a_stopped_run_stays_stopped(tmp_path):
 OTHERS = {
     "setting batch_size: 32 in the file, 16 here": {"batch_size": 16},
     "setting seed: 0 in the file, 1 here": {"seed": 1},
-    "setting learning_rate": {"learning_rate": 0.5},
-    "setting optimizer: Adam": {"optimizer": "sgd"},
-    "setting scheduler: None in the file, StepLR": {"scheduler": BY_EPOCH["step"]},
+    "Differences: 1, at .*\noptimizer lr, group 0: 0.001 in the file, 0.5 here$": {
+        "learning_rate": 0.5
+    },
+    "\noptimizer: Adam in the file, SGD here": {"optimizer": "sgd"},
+    "\nscheduler: none in the file, StepLR here": {"scheduler": BY_EPOCH["step"]},
     "setting monitor: 'loss' in the file, 'click/auc' here": {"monitor": "click/auc"},
     "setting clip_norm": {"clip_norm": 1.0},
     "setting precision": {"precision": "bf16"},
     "rows train: 200 rows, digest .* in the file, 199 rows": {"train": TRAIN[:199]},
     "rows train: 200 rows": {"train": TRAIN[torch.arange(200).flip(0)]},
     "rows valid": {"valid": VALID[:149]},
-    "rows test: none in the file, 150 rows": {"also": {"test": VALID}},
-    "groups valid: none in the file": {"groups": {"valid": USERS}},
     "module trunk: Dropout.p=0.0, .* in the file, Dropout.p=0.1": {"dropout": 0.1},
     "task dwell: Task.* in the file, none here": {"tasks": ["click", "rating"]},
     r"parameter towers.weight: torch.float32 \[5, 4\] in the file, torch.f": {
@@ -887,13 +1011,69 @@ def test_the_file_of_another_run_is_refused(message, tmp_path):
     assert path.read_bytes() == kept
 
 
+def test_settings_that_change_no_weight_may_change(tmp_path, unchecked):
+    once = {"checkpoint": tmp_path / "run.pt", **QUIET}
+    whole = model()
+    expected = fit(whole, TRAIN, VALID, epochs=4, **QUIET)
+    fit(model(), TRAIN, VALID, epochs=2, learning_rate=np.float64(1e-3), **once)
+    looks = {"groups": {"valid": USERS}, "also": {"test": VALID}, "metrics": "auc"}
+    found = fit(
+        again := model(),
+        TRAIN,
+        VALID,
+        epochs=np.int64(4),
+        patience=4,
+        train_metrics=False,
+        **looks,
+        **(once | {"progress": True}),
+    )
+    assert same(state(again), state(whole))
+    assert found.attrs == expected.attrs
+    assert set(found.query("epoch == 4")["split"]) == {"batches", "valid", "test"}
+
+
+def test_groups_count_where_the_monitor_reads_them(tmp_path):
+    once = {"checkpoint": tmp_path / "run.pt", "monitor": "click/grouped_auc"}
+    once |= {"epochs": 1, **QUIET}
+    fit(model(), TRAIN, VALID, groups={"valid": USERS}, **once)
+    with pytest.raises(ValueError, match="Differences: 1, .*\ngroups valid: "):
+        fit(model(), TRAIN, VALID, groups={"valid": USERS % 5}, **once)
+
+
+def test_a_second_seed_on_the_same_path_is_told(tmp_path):
+    path = tmp_path / "run.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        long_run(path, epochs=1)
+        long_run(path, epochs=2)
+    options = {"epochs": 2, "checkpoint": path, **QUIET}
+    path.unlink()
+    fit(first := model(), TRAIN, **options)
+    message = f"resuming {re.escape(str(path))} after epoch 2: this model's starting"
+    for epochs in (2, 3):
+        with pytest.warns(UserWarning, match=message):
+            fit(second := model(seed=1), TRAIN, **(options | {"epochs": epochs}))
+        message = message.replace("epoch 3", "epoch 2")
+        assert same(state(first), state(second)) == (epochs == 2)
+
+
+def test_numbers_of_numpy_are_resumed_from(tmp_path):
+    options = {"checkpoint": tmp_path / "run.pt", **QUIET}
+    options["scheduler"] = lambda o: SCHEDULERS.LambdaLR(o, lambda k: np.exp(-k))
+    options["optimizer"] = lambda p: torch.optim.SGD(p, lr=np.float64(0.1))
+    fit(model(), TRAIN, epochs=1, **options)
+    history = fit(model(), TRAIN, epochs=3, **options)
+    rates = history["learning_rate"].unique()
+    np.testing.assert_allclose(rates, 0.1 * np.exp([0, -1, -2]))
+
+
 def test_a_value_changed_in_one_row_is_noticed():
+    fact = training.rows_fact
     dense = TRAIN.dense.clone()
     dense[100] += 1
-    assert training.digest(TRAIN) == training.digest(TRAIN[torch.arange(200)])
-    assert training.digest(TRAIN) != training.digest(changed(TRAIN, dense=dense))
-    weighted = changed(TRAIN, weights=torch.ones(200))
-    assert training.digest(TRAIN) != training.digest(weighted)
+    assert fact(TRAIN) == fact(TRAIN[torch.arange(200)])
+    assert fact(TRAIN) != fact(changed(TRAIN, dense=dense))
+    assert fact(TRAIN) != fact(changed(TRAIN, weights=torch.ones(200)))
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip"])
@@ -903,6 +1083,21 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     with pytest.raises(ValueError, match=r"run.pt: not readable as one"):
         long_run(path)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_checkpoint_that_was_cut_short_is_refused(share, tmp_path):
+    path = tmp_path / "run.pt"
+    long_run(path, epochs=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match=r"run.pt: not readable as one, or cut short"):
+        long_run(path)
+
+
+def test_a_file_that_is_not_there_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "none.pt", torch.device("cpu"))
 
 
 def test_a_file_of_other_tensors_is_refused(tmp_path):
@@ -952,6 +1147,18 @@ def test_a_failed_rename_leaves_the_old_file(tmp_path, monkeypatch):
         save_checkpoint(path, {"epoch": 2})
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_while_writing_leaves_no_partial_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {"epoch": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
 # Replicas
@@ -1043,6 +1250,8 @@ def test_replicas_refuse_what_does_not_fit():
     together = Replicas([small(0), small(1)])
     with pytest.raises(ValueError, match=r"expected inputs \[2, ...\], found \[5, 7\]"):
         together(torch.zeros(5, 7, dtype=torch.float64))
+    with pytest.raises(TypeError, match="models that take tensors; a Ranker takes a B"):
+        Replicas([model(0), model(1)])(TRAIN)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
