@@ -309,7 +309,7 @@ class TestStale:
         for old, new in zip(notebook.cells, fresh.cells, strict=True):
             old.id = new.id
         nbformat.write(notebook, toy.book / "scale.ipynb")
-        assert self.why(toy) == "the code has changed since it was executed"
+        assert self.why(toy) == "the code is not the one that was executed"
 
     def test_an_imported_module(self, toy):
         toy.edit("book/weaving.md", "def add_to(cls):", "def add_to(cls, also=None):")
@@ -525,6 +525,16 @@ class TestExecution:
         assert book.check() == {}
         (output,) = code(book.notebook("lab"))[0].outputs
         assert output.text == "[] True\n"
+
+        notebook = book.notebook("lab")
+        notebook.metadata.mtl_annotated.executed_from.modules = {"tasks": "old"}
+        nbformat.write(notebook, book.book / "lab.ipynb")
+        why = "tasks changed since it was executed"
+        assert book.check() == {"lab": f"stale: book/lab.ipynb: {why}"}
+        monkeypatch.delenv(sync.DATA)
+        capsys.readouterr()
+        assert book.check() == {}
+        assert capsys.readouterr().out.startswith(f"left stale ({why}): lab lab needs")
 
 
 CELL_TO_STDERR = """\
