@@ -6,7 +6,7 @@ Chapter: book/shared_bottom.md
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral, Real
 
@@ -43,7 +43,7 @@ def chosen(what: str, name: str, choices: Mapping[str, type[nn.Module]]):
 # Chapter 'Shared bottom', section 'The multilayer perceptron'
 def checked_units(what: str, units: Sequence[int]) -> tuple[int, ...]:
     """Layer widths as a tuple of positive integers."""
-    if isinstance(units, str) or not isinstance(units, Sequence):
+    if isinstance(units, str) or not isinstance(units, Iterable):
         raise TypeError(f"{what}: expected layer widths like (64, 32), found {units!r}")
     for width in units:
         whole = isinstance(width, Integral) and not isinstance(width, bool)

@@ -49,7 +49,7 @@ def encoded(tasks, count=5):
 
 def numpy_logits(model, batch):
     """Relu layers, then towers, from the weights alone: Caruana's network."""
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    state = {name: value.detach().numpy() for name, value in model.named_parameters()}
 
     def stack(x, prefix):
         for layer in itertools.count():
