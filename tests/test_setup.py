@@ -115,6 +115,18 @@ def test_readme_snippets_run_in_an_empty_folder(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.json", "weights.pt"]
 
 
+@pytest.mark.slow
+def test_readme_command_runs_a_chapter(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    line = re.search(r"^\$ (\.venv/bin/jupyter execute .*)$", text, re.M)[1]
+    # Any chapter will do, and index is the quickest that has code.
+    line = line.replace("shared_bottom", "index").replace("$PWD/build", str(tmp_path))
+    line = line.replace(".venv/bin", str(Path(sys.executable).parent))
+    done = subprocess.run(line.split(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.ipynb").exists()
+
+
 def test_readme_names_only_targets_and_folders_that_exist():
     text = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
