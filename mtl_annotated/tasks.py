@@ -276,20 +276,30 @@ def task_losses(
 
 
 # Chapter 'Tasks', section 'Rows without a label'
+def weighted_sum(
+    losses: Float[Tensor, " tasks"], tasks: Iterable[Task]
+) -> Float[Tensor, ""]:
+    """The sum of the tasks' losses [tasks], each times its task's weight.
+
+    Source: Tang et al. (2020), PLE, equation 8.
+    """
+    scales = [task.weight for task in tasks]
+    if all(scale == 1 for scale in scales):
+        return losses.sum()
+    weighted = [scale * loss for scale, loss in zip(scales, losses, strict=True)]
+    return torch.stack(weighted).sum()
+
+
+# Chapter 'Tasks', section 'Rows without a label'
 def joint_loss(
     logits: Float[Tensor, "batch outputs"],
     labels: Float[Tensor, "batch tasks"],
     tasks: Iterable[Task],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The sum of the tasks' losses, each times its task's weight.
-
-    Source: Tang et al. (2020), PLE, equation 8.
-    """
+    """`weighted_sum` of `task_losses`: one number for all tasks."""
     tasks = check_tasks(tasks)
-    losses = task_losses(logits, labels, tasks, weights)
-    weighted = [task.weight * loss for task, loss in zip(tasks, losses, strict=True)]
-    return torch.stack(weighted).sum()
+    return weighted_sum(task_losses(logits, labels, tasks, weights), tasks)
 
 
 # Chapter 'Tasks', section 'Rows without a label'

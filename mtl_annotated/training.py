@@ -38,6 +38,7 @@ from mtl_annotated.tasks import (
     measure,
     predictions,
     task_losses,
+    weighted_sum,
 )
 
 
@@ -103,12 +104,7 @@ class Ranker(nn.Module):
 
     def joint(self, losses: Float[Tensor, " tasks"]) -> Float[Tensor, ""]:
         """The number that training lowers: the losses, weighted and added."""
-        if all(task.weight == 1 for task in self.tasks):
-            return losses.sum()
-        weighted = [
-            task.weight * loss for task, loss in zip(self.tasks, losses, strict=True)
-        ]
-        return torch.stack(weighted).sum()
+        return weighted_sum(losses, self.tasks)
 
     @final
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
