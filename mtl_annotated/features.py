@@ -31,6 +31,7 @@ from sklearn.preprocessing import (
     StandardScaler,
 )
 from torch import Tensor, nn
+from torch.export import register_dataclass
 from torch.nn import functional as F
 
 from mtl_annotated.tasks import Task, check_tasks
@@ -603,6 +604,15 @@ def look_up_lists(
 
 
 # Chapter 'Features', section 'A batch'
+def exportable(cls: type) -> type:
+    """Let `torch.export` take objects of this dataclass apart."""
+    name = f"mtl_annotated.{cls.__name__}"
+    register_dataclass(cls, serialized_type_name=name)
+    return cls
+
+
+# Chapter 'Features', section 'A batch'
+@exportable
 @dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """Encoded rows.
@@ -850,7 +860,7 @@ class Encoder:
                 {"type": type(column).__name__} | asdict(column)
                 for column in self.columns
             ],
-            "tasks": [asdict(task) for task in self.tasks],
+            "tasks": [task_settings(task) for task in self.tasks],
             "weight": self.weight,
             "vocabularies": self.vocabularies,
             "scalers": {name: scaler.state() for name, scaler in self._scalers.items()},
@@ -1048,6 +1058,15 @@ class Table:
 
 
 FORMAT = "mtl_annotated.Encoder/1"
+
+
+# Chapter 'Features', section 'The encoder'
+def task_settings(task: Task) -> dict[str, Any]:
+    """A task's settings for JSON, without a `weight_ratio` of 1."""
+    settings = asdict(task)
+    if task.weight_ratio == 1:
+        del settings["weight_ratio"]
+    return settings
 
 
 # Chapter 'Features', section 'The encoder'

@@ -6,9 +6,11 @@ Chapter: book/shared_bottom.md
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,8 +35,8 @@ NORMALIZATIONS: dict[str, type[nn.Module]] = {
 
 
 # Chapter 'Shared bottom', section 'The multilayer perceptron'
-def chosen(what: str, name: str, choices: Mapping[str, type[nn.Module]]):
-    """The module class of that name; refuses an unknown name with the valid ones."""
+def chosen(what: str, name: str, choices: Mapping[str, Any]) -> Any:
+    """The choice of that name; refuses an unknown name with the valid ones."""
     if name not in choices:
         raise ValueError(f"unknown {what} {name!r}, choose from {', '.join(choices)}")
     return choices[name]
@@ -52,17 +54,58 @@ def checked_units(what: str, units: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(width) for width in units)
 
 
+INITIALIZERS: dict[str, Callable[..., Tensor]] = {
+    "default": partial(nn.init.kaiming_uniform_, a=5**0.5),
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "kaiming_uniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
+    "kaiming_normal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+# Chapter 'Shared bottom', section 'The multilayer perceptron'
+def initialize(
+    weight: Float[Tensor, "units inputs"],
+    bias: Float[Tensor, " units"] | None,
+    name: str,
+) -> None:
+    """Draw one layer's start in place, by one of the names in `INITIALIZERS`.
+
+    The bias is `nn.Linear`'s own under "default", and zero otherwise. Experts that
+    are stacked in one tensor want a call each: the scale follows from one matrix.
+
+    Raises: ValueError for an unknown name.
+
+    Source: Glorot and Bengio (2010), equation 16 (xavier); He et al. (2015),
+    equation 10 (kaiming); Saxe et al. (2014) (orthogonal).
+    """
+    chosen("initializer", name, INITIALIZERS)(weight)
+    if bias is not None:
+        bound = weight.shape[1] ** -0.5 if name == "default" else 0.0
+        nn.init.uniform_(bias, -bound, bound)
+
+
+# Chapter 'Shared bottom', section 'The multilayer perceptron'
+def linear_layer(inputs: int, units: int, *, bias: bool, initializer: str) -> nn.Linear:
+    """A linear layer that starts as `initializer` says."""
+    layer = nn.Linear(inputs, units, bias=bias)
+    if initializer != "default":
+        initialize(layer.weight, layer.bias, initializer)
+    return layer
+
+
 # Chapter 'Shared bottom', section 'The multilayer perceptron'
 class MLP(nn.Sequential):
     """Linear layers, each followed by normalization, activation and dropout.
 
     `[batch, inputs]` to `[batch, width]`, where `width` is the last of `units`, or
     `inputs` if there are none. With `normalization="batch"` a training batch needs
-    at least two rows.
+    at least two rows. `initializer` is one of `INITIALIZERS`.
 
     Raises:
-        ValueError: an unknown activation or normalization, a width below 1, or a
-            dropout outside [0, 1).
+        ValueError: an unknown activation, normalization or initializer, a width
+            below 1, or a dropout outside [0, 1).
         TypeError: `units` that are no sequence.
     """
 
@@ -75,15 +118,18 @@ class MLP(nn.Sequential):
         normalization: str = "none",
         dropout: float = 0.0,
         bias: bool = True,
+        initializer: str = "default",
     ) -> None:
         if not isinstance(dropout, Real) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), found {dropout!r}")
         widths = checked_units("inputs", (inputs,)) + checked_units("units", units)
         normalize = chosen("normalization", normalization, NORMALIZATIONS)
         activate = chosen("activation", activation, ACTIVATIONS)
+        chosen("initializer", initializer, INITIALIZERS)
+        linear = partial(linear_layer, bias=bias, initializer=initializer)
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
-            layers.append(nn.Linear(width_in, width_out, bias=bias))
+            layers.append(linear(width_in, width_out))
             if normalization != "none":
                 layers.append(normalize(width_out))
             layers.append(activate())
@@ -98,7 +144,8 @@ class Towers(nn.ModuleDict):
     """One tower a task: hidden layers, then a linear layer to the task's logits.
 
     `units` are the hidden widths, the same for every task, or a mapping from the
-    task's name to its widths. `options` go to every tower's `MLP`.
+    task's name to its widths. `bias` and `initializer` hold for the hidden layers
+    and the last one; the other `options` go to every tower's `MLP`.
 
     Raises:
         ValueError: `units` names other tasks than `tasks`, or a task's name cannot
@@ -110,6 +157,9 @@ class Towers(nn.ModuleDict):
         inputs: int,
         tasks: Sequence[Task],
         units: Sequence[int] | Mapping[str, Sequence[int]] = (64, 32),
+        *,
+        bias: bool = True,
+        initializer: str = "default",
         **options,
     ) -> None:
         super().__init__()
@@ -118,8 +168,11 @@ class Towers(nn.ModuleDict):
                 raise ValueError(
                     f"task {task.name!r}: PyTorch modules reserve this name"
                 )
-            mlp = MLP(inputs, tower_units(units, task.name, tasks), **options)
-            output = nn.Linear(mlp.width, task.width)
+            own = tower_units(units, task.name, tasks)
+            mlp = MLP(inputs, own, bias=bias, initializer=initializer, **options)
+            output = linear_layer(
+                mlp.width, task.width, bias=bias, initializer=initializer
+            )
             self[task.name] = nn.Sequential(OrderedDict(hidden=mlp, output=output))
 
     def forward(
@@ -179,13 +232,15 @@ class SharedBottom(Ranker):
     """Hard parameter sharing: one bottom for all tasks, one tower a task.
 
     With one task it is the plain network that multi-task models are measured
-    against. `options` (activation, normalization, dropout, bias) go to the bottom
-    and to every tower.
+    against. `options` (activation, normalization, dropout, initializer) go to the
+    bottom and to every tower.
 
     Args:
         encoder: says which columns there are and which tasks.
         bottom_units: widths of the bottom's layers.
         tower_units: widths of each tower's hidden layers, for all tasks or by name.
+        bottom_bias: whether the bottom's layers have biases.
+        tower_bias: whether the towers' layers have biases, the last ones included.
         tasks: names of the encoder's tasks that this model learns; all if None.
 
     Raises:
@@ -201,12 +256,17 @@ class SharedBottom(Ranker):
         *,
         bottom_units: Sequence[int] = (128, 128),
         tower_units: Sequence[int] | Mapping[str, Sequence[int]] = (64, 32),
+        bottom_bias: bool = True,
+        tower_bias: bool = True,
         tasks: Sequence[str] | None = None,
         **options,
     ) -> None:
         super().__init__(encoder, tasks=tasks)
         bottom = checked_units("bottom_units", bottom_units)
+        inputs, count = self.embedding.width, len(self.tasks)
         self.trunk = SharedBottomLayer(
-            self.embedding.width, bottom, tasks=len(self.tasks), **options
+            inputs, bottom, tasks=count, bias=bottom_bias, **options
         )
-        self.towers = Towers(self.trunk.width, self.tasks, tower_units, **options)
+        self.towers = Towers(
+            self.trunk.width, self.tasks, tower_units, bias=tower_bias, **options
+        )

@@ -62,6 +62,16 @@ def checked_weight(name: str, weight: Any) -> float:
 
 
 # Chapter 'Tasks', section 'A task is a name, a kind and a column'
+def checked_ratio(name: str, ratio: Any) -> float:
+    """The ratio of a task's weights; refuses all but finite numbers above zero."""
+    if not isinstance(ratio, Real) or not 0 < float(ratio) < math.inf:
+        raise ValueError(
+            f"task {name!r}: weight_ratio must be finite and above 0, found {ratio!r}"
+        )
+    return float(ratio)
+
+
+# Chapter 'Tasks', section 'A task is a name, a kind and a column'
 def checked_values(name: str, values: Any) -> list:
     """The label's values as plain ones; refuses what JSON cannot hold."""
     values = pd.Index(values).tolist()
@@ -104,21 +114,23 @@ def checked_classes(name: str, kind: str, classes: Any) -> int | tuple | None:
 class Task:
     """One label to predict: its name, its kind and where it lies in the rows.
 
-    `weight` multiplies the task's loss in the joint loss. `label` is the column
+    `weight` multiplies the task's loss in the joint loss; each epoch of training
+    multiplies it by `weight_ratio` in turn. `label` is the column
     that holds the label, by default the one called like the task. `given` is a
     column of zeros and ones: where it is not 1, the row is outside the task's
     sample space and its label counts as missing. `classes`, for a multiclass
     task only, is the number of classes (labels 0, 1, ...) or the label's values
     in order.
 
-    Raises: ValueError for a name, kind, weight, `given` or `classes` without
-    a meaning.
+    Raises: ValueError for a name, kind, weight, ratio, `given` or `classes`
+    without a meaning.
     """
 
     name: str
     kind: str = "binary"
     _: KW_ONLY
     weight: float | int = 1.0
+    weight_ratio: float | int = 1.0
     label: str | None = None
     given: str | None = None
     classes: int | Iterable | None = None
@@ -131,6 +143,8 @@ class Task:
                 f"task {name!r}: given={self.given!r} refers to the task itself"
             )
         object.__setattr__(self, "weight", checked_weight(name, self.weight))
+        ratio = checked_ratio(name, self.weight_ratio)
+        object.__setattr__(self, "weight_ratio", ratio)
         classes = checked_classes(name, kind, self.classes)
         object.__setattr__(self, "classes", classes)
 
@@ -277,13 +291,14 @@ def task_losses(
 
 # Chapter 'Tasks', section 'Rows without a label'
 def weighted_sum(
-    losses: Float[Tensor, " tasks"], tasks: Iterable[Task]
+    losses: Float[Tensor, " tasks"], tasks: Iterable[Task], epoch: int = 0
 ) -> Float[Tensor, ""]:
     """The sum of the tasks' losses [tasks], each times its task's weight.
 
-    Source: Tang et al. (2020), PLE, equation 8.
+    `epoch` counts the finished epochs, by which a `weight_ratio` takes effect.
+    Source: Tang et al. (2020), PLE, equations 8 and 10, t in epochs.
     """
-    scales = [task.weight for task in tasks]
+    scales = [task.weight * task.weight_ratio**epoch for task in tasks]
     if all(scale == 1 for scale in scales):
         return losses.sum()
     weighted = [scale * loss for scale, loss in zip(scales, losses, strict=True)]
@@ -296,10 +311,12 @@ def joint_loss(
     labels: Float[Tensor, "batch tasks"],
     tasks: Iterable[Task],
     weights: Float[Tensor, " batch"] | None = None,
+    epoch: int = 0,
 ) -> Float[Tensor, ""]:
     """`weighted_sum` of `task_losses`: one number for all tasks."""
     tasks = check_tasks(tasks)
-    return weighted_sum(task_losses(logits, labels, tasks, weights), tasks)
+    losses = task_losses(logits, labels, tasks, weights)
+    return weighted_sum(losses, tasks, epoch)
 
 
 # Chapter 'Tasks', section 'Rows without a label'

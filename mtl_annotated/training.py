@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from mtl_annotated.features import Batch, Encoder, FeatureEmbedding
+from mtl_annotated.features import Batch, Encoder, FeatureEmbedding, naming
 from mtl_annotated.tasks import (
     METRICS,
     Task,
@@ -65,7 +65,8 @@ class Ranker(nn.Module):
 
     A subclass sets `trunk` and `towers` in its `__init__`. One that reads its
     logits in another way overrides `losses` and `predictions`; one that adds up
-    the tasks in another way overrides `joint`. `tasks` chooses tasks by name.
+    the tasks in another way overrides `joint`; one that cannot represent all
+    labels overrides `check`. `tasks` chooses tasks by name.
 
     Raises: TypeError for what is no encoder; ValueError where a name is not a
     task of the encoder.
@@ -102,14 +103,26 @@ class Ranker(nn.Module):
         logits = self(batch) if logits is None else logits
         return task_losses(logits, self.labels(batch), self.tasks, batch.weights)
 
-    def joint(self, losses: Float[Tensor, " tasks"]) -> Float[Tensor, ""]:
-        """The number that training lowers: the losses, weighted and added."""
-        return weighted_sum(losses, self.tasks)
+    def joint(
+        self, losses: Float[Tensor, " tasks"], epoch: int = 0
+    ) -> Float[Tensor, ""]:
+        """The number that training lowers: the losses, weighted and added.
+
+        `epoch` counts the finished epochs, which a task's `weight_ratio` reads.
+        """
+        return weighted_sum(losses, self.tasks, epoch)
 
     @final
     def loss(self, batch: Batch) -> Float[Tensor, ""]:
         """`joint(losses(batch))`; override one of those two, not this."""
         return self.joint(self.losses(batch))
+
+    def check(self, batch: Batch) -> None:
+        """Refuse rows whose labels this model cannot represent; here, none.
+
+        `fit` calls it for each set of rows and puts the set's name in front of the
+        message. Raises: a subclass raises ValueError, and says which labels.
+        """
 
     def predictions(
         self, batch: Batch, logits: Float[Tensor, "batch outputs"] | None = None
@@ -247,6 +260,14 @@ def check_batch(name: str, rows: Any) -> None:
 
 
 # Chapter 'Training', section 'Predict and evaluate'
+def check_rows(model: Ranker, rows: Mapping[str, Batch]) -> None:
+    """Ask the model to `check` each set of rows; its name goes into the error."""
+    for name, each in rows.items():
+        with naming(name):
+            model.check(each)
+
+
+# Chapter 'Training', section 'Predict and evaluate'
 def placed(model: Ranker, device: torch.device | str | None) -> Ranker:
     """The model, on the device if one is given; ValueError if not here."""
     if device is None:
@@ -342,8 +363,11 @@ def evaluate(
     weighted by the batch's row weights, and computed from float64 predictions.
     `groups` holds an id for each row and adds `grouped_auc`; `metrics` names a
     choice of metrics, all if None. NaN where a metric does not fit the task.
-    Raises: as `predict` and `measure` do.
+    Raises: as `predict`, `measure` and the model's own `check` do.
     """
+    check_ranker(model)
+    check_batch("batch", batch)
+    check_rows(model, {"batch": batch})
     predicted = predict(model, batch, batch_size=batch_size, device=device)
     return measured(model, batch, predicted.to_numpy(), groups, metrics)
 
@@ -399,13 +423,13 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 # Chapter 'Training', section 'Settings'
 def named_optimizer(
-    name: str, parameters: list[nn.Parameter], **options: Any
+    name: str, groups: list[dict[str, Any]], **options: Any
 ) -> Optimizer:
     """An optimizer by its name, with the fused step where torch has one."""
-    here = {parameter.device.type for parameter in parameters}
+    here = {each.device.type for group in groups for each in group["params"]}
     if name != "adagrad" and here <= {"cpu", "cuda"}:
         options["fused"] = True
-    return OPTIMIZERS[name](parameters, **options)
+    return OPTIMIZERS[name](groups, **options)
 
 
 # Chapter 'Training', section 'Settings'
@@ -419,6 +443,7 @@ class Settings:
     optimizer: str | Callable[[list[nn.Parameter]], Optimizer] = "adam"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
+    embedding_decay: float = 0.0
     scheduler: Callable[[Optimizer], Any] | None = None
     schedule: str = "epoch"
     monitor: str = "loss"
@@ -434,7 +459,8 @@ class Settings:
 
 
 WHOLE = ("epochs", "batch_size", "patience", "seed")
-NUMBERS = (*WHOLE, "learning_rate", "weight_decay", "clip_norm")
+DECAYS = ("weight_decay", "embedding_decay")
+NUMBERS = (*WHOLE, *DECAYS, "learning_rate", "clip_norm")
 
 
 # Chapter 'Training', section 'Settings'
@@ -444,7 +470,7 @@ def check_settings(settings: Settings) -> None:
         value, whole = getattr(settings, name), name in WHOLE
         if value is None and name in ("patience", "clip_norm"):
             continue
-        zero = name in ("weight_decay", "seed")
+        zero = name in (*DECAYS, "seed")
         check_number(name, value, whole=whole, zero=zero)
         object.__setattr__(settings, name, (int if whole else float)(value))
     one_of("schedule", settings.schedule, ("epoch", "batch"))
@@ -459,28 +485,49 @@ def check_settings(settings: Settings) -> None:
 
 
 # Chapter 'Training', section 'Settings'
-def build_optimizer(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether a network's parameter is a matrix, and no stack of biases."""
+    last = name.rstrip("0123456789.").rpartition(".")[2]
+    return parameter.ndim > 1 and "bias" not in last
+
+
+# Chapter 'Training', section 'Settings'
+def decay_groups(model: Ranker, settings: Settings) -> list[dict[str, Any]]:
+    """The parameters that want a gradient, put together by their decay."""
+    tables = {id(table) for table in model.embedding.parameters()}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decay = settings.weight_decay if decays(name, parameter) else 0.0
+        if id(parameter) in tables:
+            decay = settings.embedding_decay
+        if parameter.requires_grad:
+            groups.setdefault(decay, []).append(parameter)
+    return [{"params": each, "weight_decay": decay} for decay, each in groups.items()]
+
+
+# Chapter 'Training', section 'Settings'
+def build_optimizer(model: Ranker, settings: Settings) -> Optimizer:
     """The optimizer of the parameters that want a gradient.
 
     Raises: ValueError, TypeError for no parameters, and where a callable is
-    combined with a learning rate or a weight decay, or returns something else.
+    combined with a learning rate or a decay, or returns something else.
     """
-    if not parameters:
+    groups = decay_groups(model, settings)
+    if not groups:
         raise ValueError(
             "model: expected a parameter that wants a gradient, found all"
             " frozen; see requires_grad_"
         )
-    rate, decay = settings.learning_rate, settings.weight_decay
     if isinstance(settings.optimizer, str):
-        return named_optimizer(
-            settings.optimizer, parameters, lr=rate, weight_decay=decay
-        )
-    if (rate, decay) != (Settings.learning_rate, Settings.weight_decay):
-        raise ValueError(
-            "learning_rate and weight_decay belong to an optimizer chosen by"
-            " name; set them inside your callable"
-        )
-    optimizer = settings.optimizer(parameters)
+        return named_optimizer(settings.optimizer, groups, lr=settings.learning_rate)
+    for name in ("learning_rate", *DECAYS):
+        if getattr(settings, name) != getattr(Settings, name):
+            raise ValueError(
+                f"{name} belongs to an optimizer chosen by name; set it inside"
+                " your callable"
+            )
+    (group,) = groups
+    optimizer = settings.optimizer(group["params"])
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             "optimizer: expected a callable that returns a torch Optimizer, it"
@@ -626,7 +673,7 @@ class Run:
         self.steps = ceil(len(rows["train"]) / settings.batch_size)
         self.frozen = frozen_parts(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.parameters, settings)
+        self.optimizer = build_optimizer(model, settings)
         self.scheduler = build_scheduler(self.optimizer, settings)
         self.facts = settings_facts(settings, self.optimizer, self.scheduler)
         self.monitor = self.named_monitor()
@@ -646,7 +693,7 @@ class Run:
         """Forward, backward, update. The losses stay on the device."""
         with self.autocast():
             losses = self.model.losses(batch)
-            joint = self.model.joint(losses)
+            joint = self.model.joint(losses, self.epoch)
         for parameter in self.parameters:
             parameter.grad = None
         joint.backward()
@@ -1001,6 +1048,8 @@ def model_facts(model: Ranker) -> dict[str, str]:
 
 DECISIVE = (
     "batch_size",
+    "weight_decay",
+    "embedding_decay",
     "schedule",
     "monitor",
     "clip_norm",
@@ -1114,6 +1163,7 @@ def prepare(
     """A run about to start; what would spoil it later is refused here."""
     check_ranker(model)
     check_labels(model, rows["train"])
+    check_rows(model, rows)
     check_groups(groups, rows)
     check_metrics(settings.metrics, model.tasks, grouped=bool(groups))
     check_precision(model, settings.precision)
@@ -1166,6 +1216,7 @@ def fit(
     optimizer: str | Callable[[list[nn.Parameter]], Optimizer] = "adam",
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
+    embedding_decay: float = 0.0,
     scheduler: Callable[[Optimizer], Any] | None = None,
     schedule: str = "epoch",
     monitor: str = "loss",
@@ -1196,8 +1247,12 @@ def fit(
         batch_size: rows a step; the last step of an epoch may have fewer.
         optimizer: "adam", "adamw", "sgd" or "adagrad", or a callable from a
             list of parameters to an optimizer.
-        learning_rate: of an optimizer by name, as is `weight_decay`.
-        weight_decay: as torch's optimizer of that name understands it.
+        learning_rate: of an optimizer by name, as are the two decays.
+        weight_decay: of the networks' matrices, not of their biases, as torch's
+            optimizer of that name understands it: with "adam" and "sgd" the L2
+            penalty weight_decay / 2 times the sum of squares.
+        embedding_decay: the same for the embedding's tables, all their rows at
+            every step.
         scheduler: a callable from the optimizer to a scheduler.
         schedule: whether that is stepped after each "epoch" or each "batch".
         monitor: what says which epoch is best on the validation rows: "loss"
@@ -1233,6 +1288,7 @@ def fit(
         optimizer=optimizer,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
+        embedding_decay=embedding_decay,
         scheduler=scheduler,
         schedule=schedule,
         monitor=monitor,

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError, asdict, replace
 from decimal import Decimal
 
 import hypothesis.strategies as st
@@ -1208,6 +1208,27 @@ def test_round_trip_through_json(rows):
     torch.testing.assert_close(one.labels, two.labels, equal_nan=True, rtol=0, atol=0)
 
 
+def test_a_weight_ratio_survives_json_and_is_left_out_if_it_is_one(columns, rows):
+    fading = [replace(TASKS[0], weight_ratio=0.5), *TASKS[1:]]
+    text = Encoder(columns, fading).fit(rows).to_json()
+    assert Encoder.from_json(text).tasks == tuple(fading)
+    without = json.loads(Encoder(columns, TASKS).fit(rows).to_json())["tasks"]
+    assert all("weight_ratio" not in settings for settings in without)
+
+
+def test_an_encoder_keeps_the_name_it_had_before_weight_ratios(columns, rows):
+    # Written by hand here, so that a new field of Task cannot slip into it.
+    settings = [
+        {"name": t.name, "kind": t.kind, "weight": t.weight, "label": t.label}
+        | {"given": t.given, "classes": t.classes}
+        for t in TASKS
+    ]
+    encoder = Encoder(columns, TASKS).fit(rows)
+    text = change(encoder.to_json(), tasks=settings)
+    assert text == encoder.to_json()
+    assert Encoder.from_json(text).fingerprint == encoder.fingerprint
+
+
 def test_the_text_none_and_a_gap_are_two_values():
     rows = pd.DataFrame({"a": ["None", None, "nan", "", "1.0", "01", "-0"]})
     encoder = Encoder([Sparse("a")], [CLICK]).fit(rows)
@@ -1294,6 +1315,19 @@ def test_dtype_changes_floats_only(encoder, rows):
     assert batch.to(device="cpu").dense.dtype == torch.float64
     with pytest.raises(TypeError, match="dtype is for the floats, found torch.int32"):
         batch.to(dtype=torch.int32)
+
+
+def test_batches_can_be_taken_apart_and_put_together(encoder, rows):
+    batch = encoder.transform(rows)
+    parts, how = torch.utils._pytree.tree_flatten(batch)
+    assert len(parts) == 4
+    for part, own in zip(parts, (batch.ids, batch.dense, batch.labels), strict=False):
+        assert part is own
+    assert parts[3] == encoder.fingerprint
+    again = torch.utils._pytree.tree_unflatten(parts, how)
+    assert again.weights is None
+    assert vars(again).keys() == vars(batch).keys()
+    assert again.labels is batch.labels
 
 
 def test_batches_are_frozen(encoder, rows):

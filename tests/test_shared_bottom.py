@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from mtl_annotated.features import Dense, Encoder, Sparse
 from mtl_annotated.shared_bottom import (
     ACTIVATIONS,
+    INITIALIZERS,
     MLP,
     NORMALIZATIONS,
     SharedBottom,
     SharedBottomLayer,
     Towers,
+    initialize,
 )
 from mtl_annotated.tasks import Task
 
@@ -235,21 +237,132 @@ def test_without_bias_there_is_none():
     assert all("bias" not in name for name in MLP(7, (5, 3), bias=False).state_dict())
 
 
-@pytest.mark.slow
-def test_compiles_without_a_graph_break():
-    # In its own process: the shape checks of this one are not traceable.
-    code = f"""
+TRACED = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+from dataclasses import replace
 import torch
 from test_shared_bottom import BINARY, SharedBottom, encoded
 encoder, batch = encoded(BINARY)
 model = SharedBottom(encoder, bottom_units=(5,), tower_units=(3,)).double()
+"""
+COMPILED = """
 compiled = torch.compile(model, backend="eager", fullgraph=True)
 assert torch.equal(compiled(batch), model(batch))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+EXPORTED = """
+by_row = {0: torch.export.Dim("rows")}
+other = encoded(BINARY, count=211)[1]
+weights = torch.ones(211, dtype=torch.float64)
+for rows, tensors in ((other, 3), (replace(other, weights=weights), 4)):
+    shapes = ([by_row] * tensors + [None],)
+    program = torch.export.export(model, (rows[:5],), dynamic_shapes=shapes)
+    for count in (1, 211):
+        found = program.module()(rows[:count])
+        assert found.shape == (count, 2)
+        assert torch.allclose(found, model(rows[:count]), rtol=0, atol=1e-12)
+try:
+    program.module()(replace(rows, encoder="another"))
+except (AssertionError, RuntimeError, ValueError):
+    sys.exit()
+raise SystemExit("a batch of another encoder was taken")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [COMPILED, EXPORTED], ids=["compile", "export"])
+def test_can_be_traced(code):
+    # In its own process: the shape checks of this one are not traceable.
+    command = [sys.executable, "-c", TRACED + code]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def linears(module):
+    return [part for part in module.modules() if isinstance(part, torch.nn.Linear)]
+
+
+def test_the_default_start_is_that_of_pytorch():
+    torch.manual_seed(0)
+    found = linears(MLP(7, (5, 3)))
+    torch.manual_seed(0)
+    for layer in found:
+        weight = torch.empty_like(layer.weight)
+        bias = torch.empty_like(layer.bias)
+        initialize(weight, bias, "default")
+        assert torch.equal(weight, layer.weight)
+        assert torch.equal(bias, layer.bias)
+
+
+# The standard deviation that each start promises for a matrix of 300 by 200.
+PROMISED = {
+    "default": (3 * 200) ** -0.5,
+    "xavier_uniform": (2 / 500) ** 0.5,
+    "xavier_normal": (2 / 500) ** 0.5,
+    "kaiming_uniform": (2 / 200) ** 0.5,
+    "kaiming_normal": (2 / 200) ** 0.5,
+    "orthogonal": 300**-0.5,
+}
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_starts_have_the_promised_size(name):
+    torch.manual_seed(0)
+    weight, bias = torch.empty(300, 200), torch.ones(300)
+    initialize(weight, bias, name)
+    assert weight.std().item() == pytest.approx(PROMISED[name], rel=0.02)
+    assert abs(weight.mean().item()) < 0.02 * PROMISED[name]
+    largest = (weight.abs().max() / weight.std()).item()
+    assert (largest < 1.75) == (name.endswith("uniform") or name == "default")
+    if name == "orthogonal":
+        one = torch.eye(200)
+        torch.testing.assert_close(weight.T @ weight, one, rtol=0, atol=1e-4)
+    if name == "default":
+        assert bias.std().item() == pytest.approx(PROMISED[name], rel=0.1)
+    else:
+        assert not bias.any()
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_stacked_matrices_start_apart(name):
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.zeros(3, 5, 7))
+    biases = torch.nn.Parameter(torch.ones(3, 5))
+    for weight, bias in zip(stack, biases, strict=True):
+        initialize(weight, bias, name)
+    assert stack.is_leaf
+    assert stack.requires_grad
+    assert all(not torch.equal(stack[0], stack[k]) for k in (1, 2))
+    assert stack.detach().abs().sum((1, 2)).min() > 0
+    assert biases.any().item() == (name == "default")
+
+
+def test_the_start_reaches_every_linear_layer_of_bottom_and_towers():
+    model = built(bottom_units=(8, 8), tower_units=(8,), initializer="orthogonal")
+    found = linears(model)
+    assert len(found) == 2 + 2 * 2
+    for layer in found:
+        weight = layer.weight.detach()
+        few = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
+        torch.testing.assert_close(few, torch.eye(len(few)), rtol=0, atol=1e-5)
+        assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("bottom", [True, False])
+@pytest.mark.parametrize("tower", [True, False])
+def test_biases_of_bottom_and_towers_are_switched_apart(bottom, tower):
+    model = built(
+        bottom_units=(5,), tower_units=(3,), bottom_bias=bottom, tower_bias=tower
+    )
+    assert {layer.bias is not None for layer in linears(model.trunk)} == {bottom}
+    assert {layer.bias is not None for layer in linears(model.towers)} == {tower}
+    assert len(linears(model.towers)) == 4
+
+
+@pytest.mark.parametrize("option", ["initialiser", "bias", "units"])
+def test_an_unknown_option_is_named(option):
+    with pytest.raises(TypeError, match=f"'{option}'"):
+        built(**{option: 1})
 
 
 def built(**options):
@@ -268,6 +381,11 @@ REFUSALS = [
     (
         lambda: MLP(7, (5,), dropout=1.0),
         "dropout must be a number in [0, 1), found 1.0",
+    ),
+    (
+        lambda: MLP(7, (), initializer="he"),
+        "unknown initializer 'he', choose from default, xavier_uniform,"
+        " xavier_normal, kaiming_uniform, kaiming_normal, orthogonal",
     ),
     (lambda: MLP(7, (5, 0)), "units: expected widths of at least 1, found (5, 0)"),
     (lambda: MLP(-1, ()), "inputs: expected widths of at least 1, found (-1,)"),

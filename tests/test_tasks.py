@@ -28,6 +28,7 @@ from mtl_annotated.tasks import (
     check_tasks,
     checked_classes,
     checked_name,
+    checked_ratio,
     checked_weight,
     grouped_auc,
     joint_loss,
@@ -42,6 +43,7 @@ from mtl_annotated.tasks import (
     rmse,
     row_loss,
     task_losses,
+    weighted_sum,
 )
 
 NAN = math.nan
@@ -86,7 +88,7 @@ def holes(labels, seed=1):
 def test_task_defaults():
     task = Task("click")
     assert (task.kind, task.weight, task.column) == ("binary", 1.0, "click")
-    assert (task.width, task.outputs) == (1, ("click",))
+    assert (task.weight_ratio, task.width, task.outputs) == (1.0, 1, ("click",))
     assert Task("like", label="liked").column == "liked"
 
 
@@ -105,7 +107,10 @@ def test_task_classes(classes, stored, outputs):
     assert (task.width, task.outputs) == (len(outputs), outputs)
 
 
-@pytest.mark.parametrize("task", [*TASKS, Task("n", "multiclass", classes=4)])
+OTHERS = (Task("n", "multiclass", classes=4), Task("n", weight_ratio=0.5))
+
+
+@pytest.mark.parametrize("task", [*TASKS, *OTHERS])
 def test_task_is_frozen_hashable_and_survives_json(task):
     again = Task(**json.loads(json.dumps(asdict(task))))
     assert again == task
@@ -129,6 +134,11 @@ def test_task_is_frozen_hashable_and_survives_json(task):
         (lambda: Task("click", weight=NAN), "task 'click': weight .* found nan"),
         (lambda: Task("click", weight=math.inf), "finite .* found inf"),
         (lambda: checked_weight("click", "2"), "'click': weight .* found '2'"),
+        (lambda: Task("click", weight_ratio=0), "'click': weight_ratio .* found 0"),
+        (lambda: Task("click", weight_ratio=-1.0), "above 0, found -1.0"),
+        (lambda: Task("click", weight_ratio=NAN), "weight_ratio .* found nan"),
+        (lambda: Task("click", weight_ratio=math.inf), "weight_ratio .* found inf"),
+        (lambda: checked_ratio("click", "2"), "'click': weight_ratio .* found '2'"),
         (lambda: Task("r", "multiclass"), "task 'r': .* needs classes.* found None"),
         (lambda: Task("r", "multiclass", classes=1), "at least two .* found 1"),
         (lambda: Task("r", "multiclass", classes="abc"), "found 'abc'"),
@@ -223,6 +233,34 @@ def test_joint_loss_is_the_weighted_sum():
     losses = task_losses(logits, labels, TASKS, weights).tolist()
     expected = losses[0] + 2 * losses[1] + 0.5 * losses[2] + losses[3]
     assert joint_loss(logits, labels, TASKS, weights).item() == pytest.approx(expected)
+
+
+@laws
+@given(
+    st.lists(st.tuples(st.floats(0, 9), st.floats(0.1, 2)), min_size=1, max_size=4),
+    st.integers(0, 20),
+)
+def test_a_weight_is_multiplied_by_its_ratio_each_epoch(pairs, epoch):
+    tasks = [
+        Task(f"t{k}", weight=weight, weight_ratio=ratio)
+        for k, (weight, ratio) in enumerate(pairs)
+    ]
+    losses = torch.arange(1.0, 1 + len(tasks), dtype=torch.float64)
+    expected = 0.0
+    for loss, (weight, ratio) in zip(losses.tolist(), pairs, strict=True):
+        for _ in range(epoch):
+            weight *= ratio
+        expected += weight * loss
+    assert weighted_sum(losses, tasks, epoch).item() == pytest.approx(expected)
+
+
+def test_the_joint_loss_knows_the_epoch():
+    logits, labels, weights = batch()
+    tasks = [replace(TASKS[0], weight_ratio=0.5), *TASKS[1:]]
+    losses = task_losses(logits, labels, tasks, weights).tolist()
+    expected = losses[0] / 8 + 2 * losses[1] + 0.5 * losses[2] + losses[3]
+    found = joint_loss(logits, labels, tasks, weights, 3).item()
+    assert found == pytest.approx(expected)
 
 
 def test_numbers_by_hand():

@@ -85,6 +85,15 @@ def model(seed: int = 0, **options) -> Linear:
     return Linear(ENCODER, **options)
 
 
+FADING = (TASKS[0], replace(TASKS[1], weight_ratio=0.25), TASKS[2])
+FADING_ENCODER = Encoder(COLUMNS, FADING).fit(table(200))
+
+
+def fading_model() -> Linear:
+    torch.manual_seed(0)
+    return Linear(FADING_ENCODER)
+
+
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
     found = copy.deepcopy(module.state_dict())
     return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
@@ -140,6 +149,15 @@ def test_joint_is_the_weighted_sum_in_both_branches():
     losses = equal.losses(rows)
     stacked = torch.stack([1.0 * losses[0], 1.0 * losses[1]]).sum()
     assert torch.equal(equal.joint(losses), stacked)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 3])
+def test_joint_knows_the_epoch(epoch):
+    whole = fading_model()
+    losses = torch.tensor([1.0, 2.0, 4.0])
+    expected = 1 + 2 * 0.5 * 0.25**epoch + 4
+    assert whole.joint(losses, epoch).item() == pytest.approx(expected)
+    assert whole.joint(losses).item() == 6
 
 
 def test_predictions_are_probabilities_and_values():
@@ -412,14 +430,100 @@ def test_every_named_optimizer_learns(name):
 
 
 def test_adam_is_fused_here():
-    made = training.named_optimizer("adam", list(model().parameters()), lr=0.1)
+    groups = [{"params": list(model().parameters())}]
+    made = training.named_optimizer("adam", groups, lr=0.1)
     assert made.param_groups[0]["fused"]
 
 
-def test_weight_decay_reaches_the_optimizer():
-    settings = training.Settings(epochs=1, weight_decay=0.3, optimizer="adamw")
-    made = training.build_optimizer(list(model().parameters()), settings)
-    assert made.param_groups[0]["weight_decay"] == 0.3
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("tables", [0.0, 0.3, 0.7])
+def test_matrices_and_tables_decay_and_biases_do_not(optimizer, decay, tables):
+    # A second run without decay says how far the loss alone moves them. Both
+    # optimizers add -rate * decay * weight to that in their first step.
+    options = {"epochs": 1, "optimizer": optimizer, "learning_rate": 0.1}
+    options |= {**QUIET, "batch_size": 200}
+    start = state(model().double())
+    plain, decayed = model().double(), model().double()
+    fit(plain, TRAIN, **options)
+    fit(decayed, TRAIN, weight_decay=decay, embedding_decay=tables, **options)
+    strength = {"embedding.weights.3": tables, "towers.weight": decay}
+    strength["towers.bias"] = 0.0
+    assert strength.keys() == start.keys()
+    for name, values in state(decayed).items():
+        pull = 0.1 * strength[name] * start[name]
+        expected = state(plain)[name] - pull
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
+
+
+def test_without_decay_there_is_one_group_in_the_order_of_the_model():
+    whole = model()
+    (group,) = training.decay_groups(whole, training.Settings(epochs=1))
+    assert all(
+        one is other
+        for one, other in zip(group["params"], whole.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("trunk.bottom.0.weight", (5, 3), True),
+        ("trunk.bottom.0.bias", (5,), False),
+        ("trunk.bottom.1.weight", (5,), False),
+        ("trunk.weights.0", (3, 5, 7), True),
+        ("trunk.biases.0", (3, 5), False),
+        ("trunk.experts.bias1", (3, 5), False),
+        ("towers.bias.output.weight", (1, 5), True),
+    ],
+)
+def test_what_decays(name, shape, expected):
+    assert training.decays(name, torch.zeros(shape)) is expected
+
+
+def test_a_decay_that_moved_is_another_run(tmp_path):
+    options = {"epochs": 1, "checkpoint": tmp_path / "run.pt", **QUIET}
+    fit(model(), TRAIN, weight_decay=0.1, embedding_decay=0.1, **options)
+    with pytest.raises(ValueError, match="setting weight_decay: 0.1 in the file, 0.0"):
+        fit(model(), TRAIN, embedding_decay=0.1, **options)
+
+
+def test_a_weight_ratio_acts_from_epoch_to_epoch():
+    # Plain gradient descent over all rows is easily done by hand.
+    found, by_hand = fading_model().double(), fading_model().double()
+    rows = FADING_ENCODER.transform(table(200)).to(dtype=torch.float64)
+    options = {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 200}
+    fit(found, rows, epochs=3, progress=False, **options)
+    parameters = list(by_hand.parameters())
+    for epoch in range(3):
+        click, dwell, rating = by_hand.losses(rows)
+        joint = click + 0.5 * 0.25**epoch * dwell + rating
+        slopes = torch.autograd.grad(joint, parameters)
+        with torch.no_grad():
+            for parameter, slope in zip(parameters, slopes, strict=True):
+                parameter -= 0.1 * slope
+    for one, other in zip(found.parameters(), parameters, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_the_monitored_loss_keeps_the_weights_of_the_beginning():
+    rows = FADING_ENCODER.transform(table(150, seed=1))
+    trained = fading_model()
+    history = fit(
+        trained, FADING_ENCODER.transform(table(200)), rows, epochs=3, **QUIET
+    )
+    valid = history[history["split"] == "valid"].pivot(
+        index="epoch", columns="task", values="loss"
+    )
+    joint = valid["click"] + 0.5 * valid["dwell"] + valid["rating"]
+    np.testing.assert_allclose(history.attrs["scores"], joint, rtol=1e-6)
+
+
+def test_the_file_of_another_weight_ratio_is_refused(tmp_path):
+    options = {"epochs": 1, "checkpoint": tmp_path / "run.pt", **QUIET}
+    fit(fading_model(), FADING_ENCODER.transform(table(200)), **options)
+    with pytest.raises(ValueError, match=r"task dwell: .*weight_ratio=0.25"):
+        fit(model(), TRAIN, **options)
 
 
 def test_frozen_parameters_are_left_alone():
@@ -684,6 +788,42 @@ def test_evaluate_weights_rows():
     pd.testing.assert_frame_equal(weighted, evaluate(scored, VALID[odd]))
 
 
+class Choosy(Linear):
+    """Refuses rows of which the first has an age below -9."""
+
+    def check(self, batch) -> None:
+        self.seen = [*getattr(self, "seen", []), len(batch)]
+        if batch.dense[0, 0] < -9:
+            raise ValueError("age: expected at least -9")
+
+
+def choosy() -> Choosy:
+    torch.manual_seed(0)
+    return Choosy(ENCODER)
+
+
+def test_check_is_asked_once_for_each_set_of_rows():
+    asked = choosy()
+    fit(asked, TRAIN, VALID, epochs=2, also={"test": VALID[:70]}, **QUIET)
+    assert asked.seen == [200, 150, 70]
+    evaluate(asked, VALID[:50], batch_size=7)
+    assert asked.seen == [200, 150, 70, 50]
+    predict(asked, VALID)
+    assert len(asked.seen) == 4
+
+
+@pytest.mark.parametrize("name", ["train", "valid", "test"])
+def test_a_set_of_rows_that_the_model_refuses_is_named(name):
+    rows = {"train": TRAIN, "valid": VALID, "test": VALID}
+    rows[name] = changed(rows[name], dense=rows[name].dense - 100)
+    train, valid, test = rows.values()
+    options = {"also": {"test": test}, "optimizer": refuse_steps, **QUIET}
+    with pytest.raises(ValueError, match=f"^{name}: age: expected at least -9$"):
+        fit(choosy(), train, valid, epochs=1, **options)
+    with pytest.raises(ValueError, match="^batch: age: expected"):
+        evaluate(choosy(), rows[name])
+
+
 def test_evaluate_part_of_the_tasks():
     assert list(evaluate(model(tasks=["dwell"]), VALID).index) == ["dwell"]
 
@@ -698,6 +838,9 @@ BAD = {
     "learning_rate: expected a number above 0, found 0": {"learning_rate": 0.0},
     "learning_rate: expected a number above 0, found nan": {"learning_rate": np.nan},
     "weight_decay: expected a number of at least 0, found -0.1": {"weight_decay": -0.1},
+    "embedding_decay: expected a number of at least 0, found -1.0": {
+        "embedding_decay": -1.0
+    },
     "clip_norm: expected a number above 0, found 0": {"clip_norm": 0.0},
     "patience: expected a whole number above 0, found 0": {"patience": 0},
     "seed: expected a whole number of at least 0, found -1": {"seed": -1},
@@ -739,9 +882,13 @@ BAD = {
     "groups\\['valid'\\]: expected 150 values, one for each row, found 149": {
         "groups": {"valid": USERS[:-1]}
     },
-    "belong to an optimizer chosen by name": {
+    "learning_rate belongs to an optimizer chosen by name": {
         "optimizer": torch.optim.SGD,
         "learning_rate": 0.1,
+    },
+    "embedding_decay belongs to an optimizer chosen by name": {
+        "optimizer": torch.optim.SGD,
+        "embedding_decay": 0.1,
     },
     "expected a file in a folder, found": {"checkpoint": "nowhere/at/all.pt"},
 }
@@ -761,7 +908,7 @@ def refuse_steps(parameters):
 def test_bad_input_is_refused_before_the_first_step(message):
     options = {"train": TRAIN, "valid": VALID, "epochs": 1, "progress": False}
     options |= {"optimizer": refuse_steps} | BAD[message]
-    if "learning_rate" in BAD[message] or "weight_decay" in BAD[message]:
+    if {"learning_rate", "weight_decay", "embedding_decay"} & BAD[message].keys():
         options |= {"optimizer": BAD[message].get("optimizer", "adam")}
     with pytest.raises(ValueError, match=message):
         fit(model(), **options)
