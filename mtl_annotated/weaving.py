@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from typing import Any
 
+import pandas as pd
 from matplotlib import rcsetup, style
 
 
@@ -53,6 +55,21 @@ def add_to(cls: type, *, replace: bool = False) -> Callable[[Any], Any]:
         return function.__globals__.get(name)
 
     return add
+
+
+# Chapter 'How this book is woven', section 'Long experiments'
+def results(name: str) -> pd.DataFrame:
+    """The stored rows of a chapter's long experiment, one a setting and seed.
+
+    Raises: ValueError for a name without results, with the names that have some.
+    """
+    stored = files("mtl_annotated") / "results"
+    known = sorted(each.name for each in stored.iterdir() if each.name.endswith(".csv"))
+    if f"{name}.csv" not in known:
+        valid = ", ".join(each.removesuffix(".csv") for each in known)
+        raise ValueError(f"no results of {name!r}, choose from {valid}")
+    with (stored / f"{name}.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file, comment="#")
 
 
 GRAY = "#767676"

@@ -192,3 +192,17 @@ def test_outside_ipython_nothing_of_it_is_loaded():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("False"), done.stderr
+
+
+def test_results_are_read_without_their_first_line():
+    found = weaving.results("esmm")
+    assert {"bias", "click_rate", "runner", "seed", "auc_all"} <= set(found)
+    assert found["seed"].nunique() >= 10
+    assert not found.isna().any().any()
+
+
+def test_results_that_are_not_there_are_refused_with_those_that_are():
+    with pytest.raises(
+        ValueError, match=r"no results of 'esm', choose from .*\besmm\b"
+    ):
+        weaving.results("esm")
