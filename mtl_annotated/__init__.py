@@ -4,7 +4,9 @@ Rows go in, named scores come out:
 rows → `Encoder` → `Batch` → embedding → trunk → towers → tasks.
 """
 
+from mtl_annotated.cgc import CGC, CGCLayer
 from mtl_annotated.datasets import load_adult
+from mtl_annotated.esmm import ESMM
 from mtl_annotated.features import (
     Batch,
     Dense,
@@ -13,6 +15,8 @@ from mtl_annotated.features import (
     Sequence,
     Sparse,
 )
+from mtl_annotated.mmoe import Experts, Gates, MMoE, MMoELayer
+from mtl_annotated.ple import PLE, PLELayer
 from mtl_annotated.shared_bottom import (
     MLP,
     SharedBottom,
@@ -25,13 +29,22 @@ from mtl_annotated.training import History, Ranker, Replicas, evaluate, fit, pre
 
 __version__ = "0.1.0"
 __all__ = [
+    "CGC",
+    "ESMM",
     "METRICS",
     "MLP",
+    "PLE",
     "Batch",
+    "CGCLayer",
     "Dense",
     "Encoder",
+    "Experts",
     "FeatureEmbedding",
+    "Gates",
     "History",
+    "MMoE",
+    "MMoELayer",
+    "PLELayer",
     "Ranker",
     "Replicas",
     "Sequence",

@@ -115,12 +115,11 @@ class Task:
     """One label to predict: its name, its kind and where it lies in the rows.
 
     `weight` multiplies the task's loss in the joint loss; each epoch of training
-    multiplies it by `weight_ratio` in turn. `label` is the column
-    that holds the label, by default the one called like the task. `given` is a
-    column of zeros and ones: where it is not 1, the row is outside the task's
-    sample space and its label counts as missing. `classes`, for a multiclass
-    task only, is the number of classes (labels 0, 1, ...) or the label's values
-    in order.
+    multiplies it by `weight_ratio` in turn. `label` is the column that holds the
+    label, by default the one called like the task. `given` is a column of zeros
+    and ones: where it is not 1, the row is outside the task's sample space and its
+    label counts as missing. `classes`, for a multiclass task only, is the number
+    of classes (labels 0, 1, ...) or the label's values in order.
 
     Raises: ValueError for a name, kind, weight, ratio, `given` or `classes`
     without a meaning.

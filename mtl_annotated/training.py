@@ -487,8 +487,7 @@ def check_settings(settings: Settings) -> None:
 # Chapter 'Training', section 'Settings'
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether a network's parameter is a matrix, and no stack of biases."""
-    last = name.rstrip("0123456789.").rpartition(".")[2]
-    return parameter.ndim > 1 and "bias" not in last
+    return parameter.ndim > 1 and not name.endswith("bias")
 
 
 # Chapter 'Training', section 'Settings'

@@ -472,8 +472,7 @@ def test_without_decay_there_is_one_group_in_the_order_of_the_model():
         ("trunk.bottom.0.bias", (5,), False),
         ("trunk.bottom.1.weight", (5,), False),
         ("trunk.weights.0", (3, 5, 7), True),
-        ("trunk.biases.0", (3, 5), False),
-        ("trunk.experts.bias1", (3, 5), False),
+        ("trunk.experts.0.bias", (3, 5), False),
         ("towers.bias.output.weight", (1, 5), True),
     ],
 )

@@ -1,0 +1,308 @@
+"""What must hold for every model, whatever its trunk: options, precision, tracing, names."""
+
+import itertools
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import mtl_annotated as mtl
+from mtl_annotated.shared_bottom import ACTIVATIONS, INITIALIZERS, NORMALIZATIONS
+
+BINARY = [mtl.Task("click"), mtl.Task("purchase")]
+MIXED = [
+    mtl.Task("click"),
+    mtl.Task("stars", "multiclass", classes=3),
+    mtl.Task("seconds", "regression", given="click"),
+]
+MODELS = {
+    "SharedBottom": partial(mtl.SharedBottom, bottom_units=(8, 4), tower_units=(3,)),
+    "OMoE": partial(
+        mtl.MMoE, experts=3, expert_units=(8, 4), one_gate=True, tower_units=(3,)
+    ),
+    "MMoE": partial(
+        mtl.MMoE, experts=3, expert_units=(8, 4), gate_units=(5,), tower_units=(3,)
+    ),
+    "CGC": partial(
+        mtl.CGC, own_experts=2, shared_experts=1, expert_units=(8, 4), tower_units=(3,)
+    ),
+    "PLE": partial(
+        mtl.PLE, own_experts=1, shared_experts=2, expert_units=(8, 4), tower_units=(3,)
+    ),
+}
+FUNNELS = {
+    "ESMM": partial(mtl.ESMM, tower_units=(3,)),
+    "ESMM on MMoE": partial(mtl.ESMM, ranker=MODELS["MMoE"]),
+    "ESMM on CGC": partial(mtl.ESMM, ranker=MODELS["CGC"]),
+    "ESMM on PLE": partial(mtl.ESMM, ranker=MODELS["PLE"]),
+}
+ALL = MODELS | FUNNELS
+every_model = pytest.mark.parametrize("name", ALL)
+every_trunk = pytest.mark.parametrize("name", MODELS)
+
+
+def rows(count, seed=0):
+    generator = np.random.default_rng(seed)
+    click = generator.integers(0, 2, count)
+    return pd.DataFrame(
+        {
+            "item": generator.integers(0, 13, count),
+            "price": generator.normal(size=count),
+            "click": click,
+            "purchase": click * generator.integers(0, 2, count),
+            "stars": generator.integers(0, 3, count),
+            "seconds": generator.normal(size=count),
+        }
+    )
+
+
+def encoded(tasks, count=11):
+    columns = [mtl.Sparse("item", width=3), mtl.Dense("price")]
+    encoder = mtl.Encoder(columns, tasks).fit(rows(101))
+    return encoder, encoder.transform(rows(count, seed=1))
+
+
+def built(name, tasks=BINARY, seed=0, **options):
+    encoder, batch = encoded(tasks)
+    torch.manual_seed(seed)
+    model = ALL[name](encoder, **options).double()
+    return model, batch.to(dtype=torch.float64)
+
+
+@every_model
+def test_a_row_scores_the_same_alone_and_among_others(name):
+    model, batch = built(name)
+    together = mtl.predict(model, batch)
+    alone = mtl.predict(model, batch, batch_size=1)
+    np.testing.assert_allclose(alone, together, rtol=0, atol=1e-12)
+
+
+@every_model
+def test_every_parameter_gets_a_gradient_from_one_row(name):
+    model, batch = built(name, activation="tanh")
+    model.loss(batch[:1]).backward()
+    silent = [
+        key
+        for key, parameter in model.named_parameters()
+        if not key.startswith("embedding")
+        and (parameter.grad is None or not parameter.grad.any())
+    ]
+    assert not silent
+
+
+@every_trunk
+def test_tasks_of_all_kinds_stand_side_by_side(name):
+    model, batch = built(name, MIXED)
+    predicted = mtl.predict(model, batch)
+    assert list(predicted) == ["click", "stars=0", "stars=1", "stars=2", "seconds"]
+    np.testing.assert_allclose(predicted.iloc[:, 1:4].sum(axis=1), 1, atol=1e-12)
+    losses = model.losses(batch)
+    assert losses.shape == (3,)
+    assert losses.isfinite().all()
+
+
+@every_trunk
+def test_one_task_is_enough(name):
+    model, batch = built(name, tasks=BINARY[:1])
+    assert list(mtl.predict(model, batch)) == ["click"]
+
+
+@every_model
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_options_reach_the_trunk_and_the_towers(name, normalization, activation):
+    options = {"normalization": normalization, "activation": activation}
+    model, batch = built(name, dropout=0.5, **options)
+    model.loss(batch).backward()
+    parts = [model.towers] if name == "ESMM" else [model.trunk, model.towers]
+    for part in parts:
+        kinds = {type(module) for module in part.modules()}
+        assert ACTIVATIONS[activation] in kinds
+        assert torch.nn.Dropout in kinds
+        words = ("BatchNorm", "LayerNorm")
+        norms = [kind for kind in kinds if any(w in kind.__name__ for w in words)]
+        assert len(norms) == (normalization != "none")
+    model.eval()
+    assert torch.equal(model(batch), model(batch))
+
+
+@every_trunk
+@pytest.mark.parametrize("initializer", INITIALIZERS)
+def test_a_start_by_name_reaches_every_part(name, initializer):
+    torch.manual_seed(0)
+    model, batch = built(name, initializer=initializer)
+    for key, parameter in model.named_parameters():
+        if key.startswith("embedding"):
+            continue
+        zero = "bias" in key and initializer != "default"
+        assert parameter.any() != zero, key
+    assert model(batch).isfinite().all()
+
+
+BIASES = {
+    "SharedBottom": {"bottom_bias": False, "tower_bias": False},
+    "OMoE": {"expert_bias": False, "tower_bias": False},
+    "MMoE": {"expert_bias": False, "tower_bias": False},
+    "CGC": {"expert_bias": False, "tower_bias": False},
+    "PLE": {"expert_bias": False, "tower_bias": False},
+}
+
+
+@every_trunk
+def test_biases_can_be_left_out(name):
+    model, _ = built(name, **BIASES[name])
+    assert not [key for key, _ in model.named_parameters() if "bias" in key]
+
+
+@pytest.mark.parametrize("name", ["OMoE", "MMoE", "CGC", "PLE"])
+def test_gates_have_biases_only_when_asked(name):
+    plain, _ = built(name)
+    biased, _ = built(name, gate_bias=True)
+    before, after = (
+        {key for key, _ in model.named_parameters() if "gates" in key and "bias" in key}
+        for model in (plain, biased)
+    )
+    assert not before
+    assert after
+
+
+@every_model
+def test_an_unknown_option_is_refused_by_name(name):
+    with pytest.raises(TypeError, match="'expert_count'"):
+        built(name, expert_count=3)
+
+
+@every_model
+def test_single_and_half_precision_come_near_double(name):
+    model, batch = built(name)
+    exact = mtl.predict(model, batch)
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        found = mtl.predict(model.to(dtype), batch)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=near)
+
+
+@every_model
+def test_training_in_bfloat16_lowers_the_loss(name):
+    encoder, _ = encoded(BINARY)
+    train = encoder.transform(rows(101))
+    torch.manual_seed(0)
+    model = ALL[name](encoder)
+    quiet = {"precision": "bf16", "learning_rate": 0.03, "progress": False}
+    history = mtl.fit(model, train, epochs=20, **quiet)
+    losses = history[history["split"] == "batches"].groupby("epoch")["loss"].sum()
+    assert losses.iloc[-1] < losses.iloc[0] - 0.02
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@every_model
+def test_saved_weights_give_the_same_bits(name, tmp_path):
+    model, batch = built(name)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    again, _ = built(name, seed=1)
+    assert not torch.equal(again(batch), model(batch))
+    again.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(again(batch), model(batch))
+
+
+@pytest.mark.parametrize("pair", list(itertools.pairwise(ALL)), ids=" and ".join)
+def test_models_of_one_encoder_share_no_storage(pair):
+    encoder, _ = encoded(BINARY)
+    first, second = (ALL[name](encoder) for name in pair)
+    again = ALL[pair[0]](encoder)
+    found = [
+        {
+            tensor.untyped_storage().data_ptr()
+            for tensor in model.state_dict().values()
+            if isinstance(tensor, torch.Tensor)
+        }
+        for model in (first, second, again)
+    ]
+    assert sum(map(len, found)) == len(set.union(*found))
+
+
+@every_model
+def test_no_input_is_changed(name):
+    model, batch = built(name)
+    before = [tensor.clone() for tensor in (batch.ids, batch.dense, batch.labels)]
+    model.loss(batch).backward()
+    mtl.evaluate(model, batch, metrics="log_loss")
+    for old, new in zip(before, (batch.ids, batch.dense, batch.labels), strict=True):
+        torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
+
+
+NAMES = {
+    "MMoE": {
+        "trunk.experts.8x4.0.weight": (3, 8, 4),
+        "trunk.experts.8x4.0.bias": (3, 8),
+        "trunk.experts.8x4.2.weight": (3, 4, 8),
+        "trunk.experts.8x4.2.bias": (3, 4),
+        "trunk.gates.hidden.0.weight": (2, 5, 4),
+        "trunk.gates.weight": (6, 5),
+    },
+    "CGC": {
+        "trunk.experts.8x4.0.weight": (5, 8, 4),
+        "trunk.experts.8x4.0.bias": (5, 8),
+        "trunk.experts.8x4.2.weight": (5, 4, 8),
+        "trunk.experts.8x4.2.bias": (5, 4),
+        "trunk.gates.weight": (6, 4),
+    },
+    "PLE": {
+        f"trunk.levels.{level}.{key}": shape
+        for level, gates, inputs in ((0, 10, 4), (1, 6, 4))
+        for key, shape in {
+            "experts.8x4.0.weight": (4, 8, inputs),
+            "experts.8x4.0.bias": (4, 8),
+            "experts.8x4.2.weight": (4, 4, 8),
+            "experts.8x4.2.bias": (4, 4),
+            "gates.weight": (gates, inputs),
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_shapes_of_saved_weights_stay(name):
+    model, _ = built(name)
+    found = {
+        key: tuple(value.shape)
+        for key, value in model.state_dict().items()
+        if key.startswith("trunk")
+    }
+    assert found == NAMES[name]
+
+
+TRACED = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from test_models import ALL, BINARY, encoded
+encoder, batch = encoded(BINARY, count=211)
+batch = batch.to(dtype=torch.float64)
+by_row = {{0: torch.export.Dim("rows")}}
+for name, build in ALL.items():
+    model = build(encoder).double().eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for count in (5, 1, 211):
+        assert torch.equal(compiled(batch[:count]), model(batch[:count])), name
+    shapes = ([by_row] * 3 + [None],)
+    program = torch.export.export(model, (batch[:5],), dynamic_shapes=shapes)
+    for count in (1, 5, 211):
+        found = program.module()(batch[:count])
+        assert torch.allclose(found, model(batch[:count]), rtol=0, atol=1e-12), name
+    torch._dynamo.reset()
+print("all", len(ALL))
+"""
+
+
+@pytest.mark.slow
+def test_every_model_is_compiled_without_a_break_and_exported():
+    # In its own process: the shape checks of this one are not traceable.
+    command = [sys.executable, "-c", TRACED]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"all {len(ALL)}"
