@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from mtl_annotated.weaving import results
+
 BOOK = Path(__file__).parents[1] / "book"
 GAIN = re.compile(r"(\d+) labels\s+(.+?)\s+([+-][\d.]+) ± ([\d.]+)")
 
@@ -78,9 +80,12 @@ def test_a_reversed_task_is_as_good_as_the_same():
     assert abs(flipped - same) < 0.5 * (single - flipped)
 
 
+NETWORKS = ("single task", "SharedBottom", "MMoE", "CGC", "PLE")
+
+
 def adult(model, with_relationship):
-    half = printed("adult").split("True         logistic", 1)[1].split("False ", 1)
-    text = "logistic" + half[0] if with_relationship else half[1]
+    table = printed("adult").split("True  logistic", 1)[1].split("False ", 1)
+    text = "logistic" + table[0] if with_relationship else table[1]
     income, _, never, _ = re.search(
         rf"{model} +(\S+) +(\S+) +(\S+) +(\S+)", text
     ).groups()
@@ -92,19 +97,36 @@ def test_adult_lands_where_the_floors_are_known_to_be():
         (0.904, 0.962), abs=0.002
     )
     assert adult("boosted trees", True) == pytest.approx((0.926, 0.963), abs=0.002)
-    assert adult("shared bottom", True) == pytest.approx((0.909, 0.963), abs=0.003)
+    assert adult("SharedBottom", True) == pytest.approx((0.909, 0.963), abs=0.003)
 
 
 def test_adult_trees_lead_and_one_column_makes_the_second_task():
     for kept in (True, False):
         trees = adult("boosted trees", kept)
-        for model in ("single task", "shared bottom"):
+        for model in NETWORKS:
             assert adult(model, kept)[0] < trees[0]
-    for model in (
-        "logistic regression",
-        "boosted trees",
-        "single task",
-        "shared bottom",
-    ):
+    for model in ("logistic regression", "boosted trees", *NETWORKS):
         assert adult(model, True)[1] > 0.96
         assert adult(model, False)[1] < 0.89
+
+
+def test_on_adult_the_networks_score_alike_and_as_the_page_says():
+    scores = results("adult")
+    assert (
+        scores.groupby(["relationship", "model", "label"])["seed"].nunique() == 5
+    ).all()
+    kept = scores[scores["relationship"]].groupby(["model", "label"])["auc"].mean()
+    for model in ("SharedBottom", "MMoE", "CGC", "PLE"):
+        assert kept[model, "income"] == pytest.approx(0.909, abs=0.002)
+        assert kept[model, "never_married"] == pytest.approx(0.964, abs=0.001)
+    wide = scores.pivot_table(
+        index=["relationship", "label", "seed"], columns="model", values="auc"
+    )
+    difference = wide.sub(wide["single task"], axis=0)
+    means = difference.groupby(["relationship", "label"]).mean()
+    assert means.abs().to_numpy().max() < 0.001
+    assert re.search(r"differences: 16 beyond their interval: 1\n", printed("adult"))
+
+
+def test_adult_refuses_its_labels_as_a_funnel_with_their_share():
+    assert "95.3% of 9624 conversions" in printed("adult")
