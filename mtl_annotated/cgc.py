@@ -5,16 +5,23 @@ Chapter: book/cgc.md
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mtl_annotated.features import Encoder
-from mtl_annotated.mmoe import Experts, Gates, gate_options, tower_options
-from mtl_annotated.shared_bottom import Towers, checked_units
+from mtl_annotated.mmoe import (
+    MIXTURE_OPTIONS,
+    Experts,
+    Gates,
+    gate_options,
+    tower_options,
+)
+from mtl_annotated.shared_bottom import Towers, check_options, checked_count
 from mtl_annotated.tasks import Task
 from mtl_annotated.training import Ranker
 
@@ -22,7 +29,9 @@ from mtl_annotated.training import Ranker
 # Chapter 'CGC', section 'How many experts whom?'
 def expert_counts(name: str, counts: int | Sequence[int], tasks: int) -> list[int]:
     """A number of experts for each task: one for all, or one each; 0 is allowed."""
-    each = list(counts) if isinstance(counts, Sequence) else [counts] * tasks
+    each: list[Any] = [counts] * tasks
+    if isinstance(counts, Iterable) and not isinstance(counts, (str, Set, Mapping)):
+        each = list(counts)
     whole = [isinstance(n, Integral) and not isinstance(n, bool) for n in each]
     if len(each) != tasks or not all(whole) or min(each) < 0:
         several = f", or {tasks} of them, one a task" if tasks > 1 else ""
@@ -103,7 +112,7 @@ class CGCLayer(nn.Module):
         **options,
     ) -> None:
         super().__init__()
-        (self.tasks,) = checked_units("tasks", (tasks,))
+        self.tasks = checked_count("tasks", tasks)
         own = expert_counts("own_experts", own_experts, tasks)
         shared = expert_counts("shared_experts", shared_experts, 1)
         self.owners = [k for k, n in enumerate(own + shared) for _ in range(n)]
@@ -142,9 +151,10 @@ def counts_by_name(
     if not isinstance(counts, Mapping):
         return counts
     names = [task.name for task in tasks]
-    if sorted(counts) != sorted(names):
+    if set(counts) != set(names):
         raise ValueError(
-            f"own_experts names the tasks {sorted(counts)}, expected {sorted(names)}"
+            f"own_experts names the tasks {sorted(counts, key=str)}, expected"
+            f" {sorted(names)}"
         )
     return [counts[name] for name in names]
 
@@ -188,6 +198,7 @@ class CGC(Ranker):
         **options,
     ) -> None:
         super().__init__(encoder, tasks=tasks)
+        check_options("CGC", options, MIXTURE_OPTIONS)
         self.trunk = CGCLayer(
             self.embedding.width,
             expert_units,

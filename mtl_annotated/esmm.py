@@ -16,31 +16,26 @@ from torch.nn import functional as F
 from mtl_annotated.features import Batch, Encoder
 from mtl_annotated.shared_bottom import SharedBottom
 from mtl_annotated.tasks import Task, masked_mean, weighted_sum
-from mtl_annotated.training import Ranker, task_positions
+from mtl_annotated.training import Ranker
 
 
-# Chapter 'ESMM', section 'Tiny probabilities: stay with logarithms'
-def log_conversion(
+# Chapter 'ESMM', section 'Tiny probabilities: the product has a logit'
+def conversion_logit(
     click: Float[Tensor, " batch"], conversion: Float[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
-    """log(σ(a) σ(b)) of two logits: a click, and a conversion after it."""
-    return F.logsigmoid(click) + F.logsigmoid(conversion)
+    """The logit of σ(a) σ(b), from a click's logit a and a conversion's logit b.
 
+    `[batch]` and `[batch]` to `[batch]`, for logits between -1e30 and 1e30. The
+    error is a few roundings of the largest of 1, |a| and |b|: absolute in the
+    logit, relative in its two slopes, which lie between 0 and 1.
 
-# Chapter 'ESMM', section 'Tiny probabilities: stay with logarithms'
-def log_no_conversion(
-    click: Float[Tensor, " batch"], conversion: Float[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    """log(1 - σ(a) σ(b)) of two logits: no click, or a click and no conversion.
-
-    The error is a few roundings of a number of size max(1, |value|) at most, for
-    all finite logits, and so is that of the gradient, which is never NaN.
+    Source: the odds of equation 1 in Ma, Zhao, Huang, et al. (2018).
     """
-    clicked_only = F.logsigmoid(click) + F.logsigmoid(-conversion)
-    return torch.logaddexp(F.logsigmoid(-click), clicked_only)
+    either = torch.logaddexp(-click, -conversion)
+    return -torch.logaddexp(either, -click - conversion)
 
 
-# Chapter 'ESMM', section 'Tiny probabilities: stay with logarithms'
+# Chapter 'ESMM', section 'Tiny probabilities: the product has a logit'
 def conversion_loss(
     click: Float[Tensor, " batch"],
     conversion: Float[Tensor, " batch"],
@@ -48,15 +43,22 @@ def conversion_loss(
 ) -> Float[Tensor, " batch"]:
     """The cross-entropy of σ(a) σ(b) for labels 0 or 1, row by row, from logits.
 
+    The relative error of the loss and of its slopes is a few roundings of the
+    largest of 1, |a| and |b|. In 32 bits those below about 1e-35 may become 0.
+
     Source: Ma, Zhao, Huang, et al. (2018), equation 3, the second term.
     """
-    yes, no = log_conversion(click, conversion), log_no_conversion(click, conversion)
-    return -torch.where(labels == 1, yes, no)
+    logit = conversion_logit(click, conversion)
+    # Not PyTorch's binary_cross_entropy_with_logits: for label 0 it subtracts
+    # log σ(z) from z, and rounds a loss of 2e-9 at z = -20 to 0.
+    return -F.logsigmoid(logit.where(labels == 1, -logit))
 
 
 # Chapter 'ESMM', section 'The class'
 def funnel_task(encoder: Encoder, argument: str, name: str) -> Task:
     """The encoder's binary task of that name; refuses others with the valid names."""
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected the name of one task, found {name!r}")
     binary = {task.name: task for task in encoder.tasks if task.kind == "binary"}
     if name not in binary:
         kinds = {task.name: task.kind for task in encoder.tasks}
@@ -67,6 +69,53 @@ def funnel_task(encoder: Encoder, argument: str, name: str) -> Task:
             f" choose from {valid or 'none: the encoder has no binary task'}"
         )
     return binary[name]
+
+
+# Chapter 'ESMM', section 'The class'
+def funnel_tasks(encoder: Encoder, click: str, conversion: str) -> tuple[Task, Task]:
+    """The two tasks of the chain; refuses what is no encoder, and one task twice."""
+    if not isinstance(encoder, Encoder):
+        kind = type(encoder).__name__
+        raise TypeError(f"encoder: expected an Encoder, found {kind}")
+    first = funnel_task(encoder, "click", click)
+    second = funnel_task(encoder, "conversion", conversion)
+    if first is second:
+        raise ValueError(f"conversion: expected another task than click={click!r}")
+    return first, second
+
+
+# Chapter 'ESMM', section 'The class'
+def built_ranker(
+    ranker: Callable[..., Any], encoder: Encoder, tasks: list[str], options: dict
+) -> Any:
+    """What `ranker` builds for the tasks; refuses what can build nothing."""
+    finished = isinstance(ranker, torch.nn.Module)
+    if finished or not callable(ranker):
+        found = f"a finished {type(ranker).__name__}" if finished else repr(ranker)
+        raise TypeError(
+            "ranker: expected a class such as MMoE, or a function that builds one,"
+            f" found {found}"
+        )
+    return ranker(encoder, tasks=tasks, **options)
+
+
+# Chapter 'ESMM', section 'The class'
+def check_built(built: Any, tasks: list[str]) -> None:
+    """Refuse what ESMM cannot stand on: other models, other tasks."""
+    kind = type(built).__name__
+    if not isinstance(built, Ranker):
+        raise TypeError(f"ranker: expected one that builds a Ranker, found {kind}")
+    if type(built).forward is not Ranker.forward:
+        raise TypeError(
+            f"ranker: {kind} has a forward of its own, which ESMM would not call;"
+            " expected the embedding, the trunk and the towers of a Ranker"
+        )
+    names = [task.name for task in built.tasks]
+    if names != tasks:
+        raise ValueError(
+            f"ranker: expected the tasks {', '.join(tasks)} in this order, found"
+            f" {', '.join(names)} in the {kind} that it builds"
+        )
 
 
 # Chapter 'ESMM', section 'The class'
@@ -92,14 +141,18 @@ class ESMM(Ranker):
         encoder: says which columns there are and which tasks.
         click, conversion: names of two binary tasks of the encoder. Their weights
             are those of ctr and ctcvr.
-        ranker: what builds embedding, trunk and towers, such as `MMoE`. The
-            default is the paper's: a `SharedBottom` whose `bottom_units` are ()
-            unless given, so that the towers share the embedding alone.
+        ranker: what builds embedding, trunk and towers: a class such as `MMoE`,
+            or a function, called with the encoder, `tasks` and the options. Its
+            own losses and predictions are not used. The default is the paper's:
+            a `SharedBottom` whose `bottom_units` are () unless given, so that
+            the towers share the embedding alone.
         options: go to the ranker.
 
     Raises:
-        ValueError: a task that is unknown, not binary, or named twice.
-        TypeError: what is no encoder, or a `ranker` that builds no Ranker.
+        ValueError: a task that is unknown, not binary, or named twice; a `ranker`
+            that builds a model of other tasks, or of these in another order.
+        TypeError: what is no encoder; a task that is no string; a `ranker` that
+            is a model already, or builds no Ranker, or one with its own forward.
 
     Source: Ma, Zhao, Huang, et al. (2018), section 2.2 and equation 3.
     """
@@ -113,21 +166,15 @@ class ESMM(Ranker):
         ranker: Callable[..., Any] = SharedBottom,
         **options,
     ) -> None:
-        super().__init__(encoder)
-        funnel = {"click": click, "conversion": conversion}
-        self.funnel = tuple(funnel_task(encoder, *item) for item in funnel.items())
-        if click == conversion:
-            raise ValueError(f"conversion: expected another task than click={click!r}")
+        funnel = funnel_tasks(encoder, click, conversion)
         if ranker is SharedBottom:
             options = {"bottom_units": ()} | options
-        built = ranker(encoder, tasks=[click, conversion], **options)
-        if not isinstance(built, Ranker):
-            kind = type(built).__name__
-            raise TypeError(f"ranker: expected one that builds a Ranker, found {kind}")
-        self.embedding, self.trunk = built.embedding, built.trunk
-        self.towers = built.towers
-        self.label_index = task_positions(encoder.tasks, [click, conversion])
-        self.tasks = derived_tasks(*self.funnel)
+        names = [click, conversion]
+        built = built_ranker(ranker, encoder, names, options)
+        check_built(built, names)
+        super().__init__(encoder, tasks=names, embedding=built.embedding)
+        self.trunk, self.towers = built.trunk, built.towers
+        self.funnel, self.tasks = funnel, derived_tasks(*funnel)
         self.outputs = tuple(task.name for task in self.tasks)
 
     def labels(self, batch: Batch) -> Float[Tensor, "batch 3"]:
@@ -184,15 +231,16 @@ class ESMM(Ranker):
         Raises: ValueError with their number and share, and the two columns' names.
         """
         click, conversion = (batch.labels[:, index] for index in self.label_index)
-        converted = conversion == 1
-        if batch.weights is not None:
-            converted = converted & (batch.weights > 0)
+        counted = torch.ones_like(click) if batch.weights is None else batch.weights
+        counted = counted > 0
+        converted = (conversion == 1) & counted
         without, total = int((converted & (click == 0)).sum()), int(converted.sum())
         if without:
             y, z = (repr(task.column) for task in self.funnel)
+            rows = int(counted.sum())
             raise ValueError(
-                f"{without} rows have {z} = 1 and {y} = 0: {without / len(batch):.1%} of"
-                f" {len(batch)} rows, {without / total:.1%} of {total} conversions. ESMM"
+                f"{without} rows have {z} = 1 and {y} = 0: {without / rows:.1%} of"
+                f" {rows} rows, {without / total:.1%} of {total} conversions. ESMM"
                 " predicts a conversion as a click and then a conversion, and cannot"
                 " represent these rows. Correct the labels, leave the rows out, or name"
                 " two tasks of which the second needs the first (click=, conversion=)"

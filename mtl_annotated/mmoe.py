@@ -5,17 +5,25 @@ Chapter: book/mmoe.md
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mtl_annotated.features import Encoder
-from mtl_annotated.shared_bottom import MLP, Towers, checked_units, linear_layer
+from mtl_annotated.shared_bottom import (
+    MLP,
+    MLP_OPTIONS,
+    Towers,
+    check_options,
+    checked_count,
+    checked_units,
+    linear_layer,
+)
 from mtl_annotated.training import Ranker
 
 
@@ -135,9 +143,9 @@ def expert_shapes(
     count: int, units: Sequence[int] | Sequence[Sequence[int]]
 ) -> list[tuple[int, ...]]:
     """The layer widths of each expert; refuses what cannot be mixed."""
-    each: Any = units
-    several = isinstance(each, Iterable) and not isinstance(each, str)
-    if several and not all(isinstance(width, Integral) for width in each):
+    ordered = isinstance(units, Iterable) and not isinstance(units, (str, Set, Mapping))
+    each: Any = list(units) if ordered else units
+    if ordered and not all(isinstance(width, Integral) for width in each):
         shapes = [checked_units("expert_units", one) for one in each]
     else:
         shapes = [checked_units("expert_units", each)] * count
@@ -178,7 +186,7 @@ class Experts(nn.ModuleDict):
         **options,
     ) -> None:
         super().__init__()
-        shapes = expert_shapes(count, units)
+        shapes = expert_shapes(checked_count("count", count), units)
         mlps = [MLP(inputs, shape, **options) for shape in shapes]
         self.members: dict[str, list[int]] = {}
         for index, shape in enumerate(shapes):
@@ -187,6 +195,7 @@ class Experts(nn.ModuleDict):
             self[name] = StackedMLP([mlps[index] for index in members])
         order = [index for members in self.members.values() for index in members]
         self.place = [order.index(index) for index in range(count)]
+        self.layout = str(self.members)
         self.width: int = mlps[0].width
 
     def forward(
@@ -231,16 +240,20 @@ def check_gates(
 
 # Chapter 'MMoE', section 'Gates'
 def places(
-    sees: Sequence[Sequence[int]], learned: Sequence[int], experts: int
-) -> Int[Tensor, " links"]:
-    """Where each logit `[gates, experts]` comes from: a link, then 0, then -inf."""
-    links = {pair: n for n, pair in enumerate((k, e) for k in learned for e in sees[k])}
-    found = [
+    sees: Sequence[Sequence[int]], choosing: Sequence[int], experts: int
+) -> list[int]:
+    """Where each logit, gate after gate, comes from: a link, or then 0, or then -inf.
+
+    `choosing` are the positions of the gates that have links to learn.
+    """
+    links = {
+        pair: n for n, pair in enumerate((k, e) for k in choosing for e in sees[k])
+    }
+    return [
         links.get((k, e), len(links) + (e not in seen))
         for k, seen in enumerate(sees)
         for e in range(experts)
     ]
-    return torch.tensor(found)
 
 
 # Chapter 'MMoE', section 'Gates'
@@ -295,16 +308,21 @@ class Gates(nn.Module):
         **options,
     ) -> None:
         super().__init__()
+        sees = [list(seen) for seen in sees]
         wanted = [True] * len(sees) if learned is None else learned
         check_gates(sees, experts, wanted, temperature, dropout)
         units = checked_units("gate_units", units)
         choosing = [k for k, seen in enumerate(sees) if wanted[k] and len(seen) > 1]
-        self.temperature, self.dropout = temperature, dropout
-        self.learned, self.shape = choosing, (len(sees), experts)
+        self.temperature, self.dropout = float(temperature), float(dropout)
+        self.learned, self.shape, self.layout = (
+            choosing,
+            (len(sees), experts),
+            str(sees),
+        )
         self.counts = [len(sees[k]) for k in choosing]
         place = places(sees, choosing, experts)
-        self.in_place = place.tolist() == list(range(sum(self.counts)))
-        self.register_buffer("place", place, persistent=False)
+        self.in_place = place == list(range(sum(self.counts)))
+        self.register_buffer("place", torch.tensor(place), persistent=False)
         mlps = [MLP(inputs, units, bias=bias, **options) for _ in choosing]
         self.hidden = StackedMLP(mlps) if mlps and units else nn.Sequential()
         width, start = (inputs, *units)[-1], options.get("initializer", "default")
@@ -347,7 +365,8 @@ class Gates(nn.Module):
         self, logits: Float[Tensor, "batch gates experts"]
     ) -> Float[Tensor, "batch gates experts"]:
         """The logits with some experts out of sight, never all."""
-        lost = torch.rand_like(logits) < self.dropout
+        # In 32 bits at least: bfloat16 has too few numbers to draw a small chance from.
+        lost = torch.rand(logits.shape, device=logits.device) < self.dropout
         left = logits.masked_fill(lost, -torch.inf)
         nothing = left.isneginf().all(-1, keepdim=True)
         return logits.where(nothing, left)
@@ -361,15 +380,11 @@ class Gates(nn.Module):
             logits = self.dropped(logits)
         return logits.softmax(-1)
 
-
-# Chapter 'MMoE', section 'The layer'
-def checked_count(name: str, count: int) -> int:
-    """A whole number of at least 1."""
-    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-        raise ValueError(
-            f"{name}: expected a whole number of at least 1, found {count!r}"
+    def extra_repr(self) -> str:
+        return (
+            f"sees={self.layout}, learned={self.learned},"
+            f" temperature={self.temperature}, dropout={self.dropout}"
         )
-    return int(count)
 
 
 # Chapter 'MMoE', section 'The layer'
@@ -443,11 +458,14 @@ class MMoELayer(nn.Module):
         return mixed.expand(-1, self.tasks, -1)
 
 
+GATE_OPTIONS = ("gate_bias", "gate_temperature", "gate_dropout", "expert_bias")
+MIXTURE_OPTIONS = (*GATE_OPTIONS, *MLP_OPTIONS)
+
+
 # Chapter 'MMoE', section 'The model'
 def tower_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """What towers take from the options of a model: all that is of an `MLP`."""
-    names = ("activation", "normalization", "dropout", "initializer")
-    return {name: options[name] for name in names if name in options}
+    return {name: options[name] for name in MLP_OPTIONS if name in options}
 
 
 # Chapter 'MMoE', section 'The model'
@@ -489,6 +507,7 @@ class MMoE(Ranker):
         **options,
     ) -> None:
         super().__init__(encoder, tasks=tasks)
+        check_options("MMoE", options, MIXTURE_OPTIONS)
         self.trunk = MMoELayer(
             self.embedding.width,
             expert_units,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mtl_annotated.cgc import CGCLayer, counts_by_name, expert_counts
 from mtl_annotated.features import Encoder, naming
 from mtl_annotated.mmoe import tower_options
-from mtl_annotated.shared_bottom import Towers, checked_units
+from mtl_annotated.shared_bottom import Towers, checked_count
 from mtl_annotated.training import Ranker
 
 LEVEL_SETTINGS = (
@@ -115,7 +115,9 @@ class PLELayer(nn.Module):
         **options,
     ) -> None:
         super().__init__()
-        (self.tasks,) = checked_units("tasks", (tasks,))
+        self.tasks = checked_count("tasks", tasks)
+        expert_counts("own_experts", own_experts, tasks)
+        expert_counts("shared_experts", shared_experts, 1)
         common = {
             "expert_units": expert_units,
             "own_experts": own_experts,

@@ -6,7 +6,7 @@ Chapter: book/shared_bottom.md
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from itertools import pairwise
 from numbers import Integral, Real
@@ -45,13 +45,39 @@ def chosen(what: str, name: str, choices: Mapping[str, Any]) -> Any:
 # Chapter 'Shared bottom', section 'The multilayer perceptron'
 def checked_units(what: str, units: Sequence[int]) -> tuple[int, ...]:
     """Layer widths as a tuple of positive integers."""
-    if isinstance(units, str) or not isinstance(units, Iterable):
+    ordered = isinstance(units, Iterable) and not isinstance(units, (str, Set, Mapping))
+    if not ordered:
         raise TypeError(f"{what}: expected layer widths like (64, 32), found {units!r}")
-    for width in units:
+    widths = tuple(units)
+    for width in widths:
         whole = isinstance(width, Integral) and not isinstance(width, bool)
         if not whole or width < 1:
-            raise ValueError(f"{what}: expected widths of at least 1, found {units!r}")
-    return tuple(int(width) for width in units)
+            raise ValueError(f"{what}: expected widths of at least 1, found {widths!r}")
+    return tuple(map(int, widths))
+
+
+MLP_OPTIONS = ("activation", "normalization", "dropout", "initializer")
+
+
+# Chapter 'Shared bottom', section 'The multilayer perceptron'
+def checked_count(name: str, count: int) -> int:
+    """A whole number of at least 1."""
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+        raise ValueError(
+            f"{name}: expected a whole number of at least 1, found {count!r}"
+        )
+    return int(count)
+
+
+# Chapter 'Shared bottom', section 'The multilayer perceptron'
+def check_options(model: str, options: Iterable[str], valid: Sequence[str]) -> None:
+    """Refuse a keyword that none of the model's parts takes; names those they take."""
+    for name in options:
+        if name not in valid:
+            raise TypeError(
+                f"{model}: unknown option {name!r}; beside the arguments of its own it"
+                f" takes {', '.join(valid)}"
+            )
 
 
 INITIALIZERS: dict[str, Callable[..., Tensor]] = {
@@ -191,9 +217,10 @@ def tower_units(
     if not isinstance(units, Mapping):
         return checked_units("tower_units", units)
     names = [task.name for task in tasks]
-    if sorted(units) != sorted(names):
+    if set(units) != set(names):
         raise ValueError(
-            f"tower_units name the tasks {sorted(units)}, expected {sorted(names)}"
+            f"tower_units name the tasks {sorted(units, key=str)}, expected"
+            f" {sorted(names)}"
         )
     return checked_units(f"tower_units[{name!r}]", units[name])
 
@@ -214,11 +241,9 @@ class SharedBottomLayer(nn.Module):
         self, inputs: int, units: Sequence[int] = (128, 128), *, tasks: int, **options
     ) -> None:
         super().__init__()
-        if tasks < 1:
-            raise ValueError(f"tasks must be at least 1, found {tasks}")
+        self.tasks = checked_count("tasks", tasks)
         self.bottom = MLP(inputs, units, **options)
         self.width: int = self.bottom.width
-        self.tasks = tasks
 
     def forward(
         self, features: Float[Tensor, "batch inputs"]
@@ -262,6 +287,7 @@ class SharedBottom(Ranker):
         **options,
     ) -> None:
         super().__init__(encoder, tasks=tasks)
+        check_options("SharedBottom", options, MLP_OPTIONS)
         bottom = checked_units("bottom_units", bottom_units)
         inputs, count = self.embedding.width, len(self.tasks)
         self.trunk = SharedBottomLayer(

@@ -300,8 +300,9 @@ def weighted_sum(
     scales = [task.weight * task.weight_ratio**epoch for task in tasks]
     if all(scale == 1 for scale in scales):
         return losses.sum()
-    weighted = [scale * loss for scale, loss in zip(scales, losses, strict=True)]
-    return torch.stack(weighted).sum()
+    pairs = zip(scales, losses, strict=True)
+    weighted = [scale * loss for scale, loss in pairs if scale]
+    return torch.stack(weighted).sum() if weighted else losses.new_zeros(())
 
 
 # Chapter 'Tasks', section 'Rows without a label'

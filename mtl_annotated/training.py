@@ -66,7 +66,8 @@ class Ranker(nn.Module):
     A subclass sets `trunk` and `towers` in its `__init__`. One that reads its
     logits in another way overrides `losses` and `predictions`; one that adds up
     the tasks in another way overrides `joint`; one that cannot represent all
-    labels overrides `check`. `tasks` chooses tasks by name.
+    labels overrides `check`. `tasks` chooses tasks by name. `embedding` is used
+    in place of a new one.
 
     Raises: TypeError for what is no encoder; ValueError where a name is not a
     task of the encoder.
@@ -75,7 +76,13 @@ class Ranker(nn.Module):
     trunk: nn.Module
     towers: nn.Module
 
-    def __init__(self, encoder: Encoder, *, tasks: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        tasks: Iterable[str] | None = None,
+        embedding: FeatureEmbedding | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(encoder, Encoder):
             raise TypeError(
@@ -84,7 +91,7 @@ class Ranker(nn.Module):
         self.label_index = task_positions(encoder.tasks, tasks)
         self.tasks = tuple(encoder.tasks[index] for index in self.label_index)
         self.outputs = tuple(name for task in self.tasks for name in task.outputs)
-        self.embedding = FeatureEmbedding(encoder)
+        self.embedding = embedding or FeatureEmbedding(encoder)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch outputs"]:
         """The logits of every task, in the order of `outputs`."""
@@ -133,6 +140,30 @@ class Ranker(nn.Module):
         `fit` ask so, in order that a large logit does not become a plain 0 or 1.
         """
         return predictions(self(batch) if logits is None else logits, self.tasks)
+
+    def get_extra_state(self) -> str:
+        """The layout of the weights, to be stored with them."""
+        return layouts(self)
+
+    def set_extra_state(self, state: str) -> None:
+        """Refuse weights that lie in another order."""
+        if state != layouts(self):
+            raise ValueError(
+                f"these weights are of a model laid out as {state!r}; this model is"
+                f" laid out as {layouts(self)!r}"
+            )
+
+
+# Chapter 'Training', section 'The smallest model'
+def layouts(model: Ranker) -> str:
+    """The layout of each part that has one, and the order of the tasks for them."""
+    parts = [
+        f"{name}: {part.layout}"
+        for name, part in model.named_modules()
+        if hasattr(part, "layout")
+    ]
+    order = "tasks: " + ", ".join(task.name for task in model.tasks)
+    return "; ".join([order, *parts]) if parts else ""
 
 
 BLOCK = 64
@@ -487,7 +518,7 @@ def check_settings(settings: Settings) -> None:
 # Chapter 'Training', section 'Settings'
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether a network's parameter is a matrix, and no stack of biases."""
-    return parameter.ndim > 1 and not name.endswith("bias")
+    return parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
 
 
 # Chapter 'Training', section 'Settings'
@@ -644,8 +675,12 @@ def epoch_means(
 def check_finite(
     tasks: Sequence[Task], losses: Float[Tensor, "parts tasks"], where: str
 ) -> None:
-    """Refuse the first loss that is not finite; `where` has a {} for a part."""
-    broken = (~losses.isfinite()).nonzero()
+    """Refuse the first loss that is not finite; `where` has a {} for a part.
+
+    A task of weight 0 is reported and not trained; it may be what it is.
+    """
+    counts = losses.new_tensor([task.weight > 0 for task in tasks], dtype=torch.bool)
+    broken = (~losses.isfinite() & counts).nonzero()
     if len(broken):
         part, task = broken[0].tolist()
         raise FloatingPointError(
@@ -956,11 +991,15 @@ def named_rows(
 
 # Chapter 'Training', section 'Refused before the first step'
 def check_labels(model: Ranker, train: Batch) -> None:
-    """Refuse training rows in which a task has no label at all."""
+    """Refuse training rows in which a task that has weight has no label."""
     seen = (label_mask(model, train).sum(0) > 0).tolist()
     names = [
-        task.name for task, some in zip(model.tasks, seen, strict=True) if not some
+        task.name
+        for task, some in zip(model.tasks, seen, strict=True)
+        if task.weight > 0 and not some
     ]
+    if not any(task.weight for task in model.tasks):
+        raise ValueError("tasks: all have weight 0, expected one above 0 to train")
     if names:
         raise ValueError(
             f"train: no label for task {', '.join(map(repr, names))} in"
@@ -1037,6 +1076,8 @@ def model_facts(model: Ranker) -> dict[str, str]:
     """Class, tasks, modules and parameters of a model, in words to compare."""
     found = {"model class": type(model).__qualname__}
     found["encoder"] = model.embedding.encoder
+    found["order of tasks"] = ", ".join(task.name for task in model.tasks)
+    found["layout"] = layouts(model)
     found |= {f"task {task.name}": plain_text(task) for task in model.tasks}
     for name, module in model.named_modules():
         found[f"module {name}"] = f"{type(module).__name__}({module.extra_repr()})"

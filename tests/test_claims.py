@@ -130,3 +130,91 @@ def test_on_adult_the_networks_score_alike_and_as_the_page_says():
 
 def test_adult_refuses_its_labels_as_a_funnel_with_their_share():
     assert "95.3% of 9624 conversions" in printed("adult")
+
+
+def test_one_gate_pays_more_than_a_gate_a_task_as_the_tasks_part():
+    text = printed("mmoe")
+    rises = {
+        name: (float(mean), float(half))
+        for name, mean, half in re.findall(
+            r"^(\S+(?: bottom)?) +rises .* by ([\d.]+) ± ([\d.]+)$", text, re.MULTILINE
+        )
+    }
+    assert len(rises) == 4
+    assert rises["OMoE"][0] - rises["OMoE"][1] > 3 * sum(rises["MMoE"])
+    against = {
+        (name, float(p)): (float(mean), float(half))
+        for name, p, mean, half in re.findall(
+            r"^(\S+(?: bottom)?) +minus MMoE at p = +(\S+): (-?[\d.]+) ± ([\d.]+)$",
+            text,
+            re.MULTILINE,
+        )
+    }
+    assert len(against) == 9
+    assert abs(against["OMoE", 1][0]) <= against["OMoE", 1][1]
+    for p in (0.5, 0):
+        assert against["OMoE", p][0] - against["OMoE", p][1] > 0
+    assert all(against["wide bottom", p][0] < 0.001 for p in (1, 0.5, 0))
+
+
+def test_clones_stay_clones_at_the_low_rate():
+    cosine = {
+        (rate, start): float(value)
+        for rate, start, value in re.findall(
+            r"rate (\S+) +(\w+) +cosine ([\d.]+)", printed("mmoe")
+        )
+    }
+    assert cosine["0.003", "cloned"] >= 0.88
+    assert cosine["0.003", "drawn"] <= 0.6
+    assert cosine["0.03", "cloned"] - cosine["0.03", "drawn"] < 0.15
+
+
+def test_own_experts_tilt_the_seesaw():
+    text = printed("cgc")
+    number = r"([+-][\d.]+) ± ([\d.]+)"
+    gains = {
+        (int(steps), int(p), runner.strip()): tuple(map(float, values))
+        for steps, p, runner, *values in re.findall(
+            rf"^ *(\d+)  (\d)  ([\w ]+?) +{number} +{number}$", text, re.MULTILINE
+        )
+    }
+    assert len(gains) == 12
+    first, _, second, half = gains[400, 1, "shared bottom"]
+    assert first > 0.05
+    assert second + half < -0.03
+    for runner in ("MMoE", "CGC"):
+        for p in (1, 0):
+            _, _, second, half = gains[400, p, runner]
+            assert second + half > 0
+    saved = {
+        (int(steps), int(p)): tuple(map(float, values))
+        for steps, p, *values in re.findall(
+            rf"^ *(\d+) steps, p = (\d): +first task {number} +second task {number}$",
+            text,
+            re.MULTILINE,
+        )
+    }
+    first, first_half, second, second_half = saved[1600, 1]
+    assert first + first_half < 0 < second - second_half
+    first, first_half, second, second_half = saved[1600, 0]
+    assert abs(first) < first_half
+    assert abs(second) < second_half
+
+
+def test_esmm_gains_where_clicks_and_purchases_share_a_cause_and_stays_biased():
+    rows = results("esmm")
+    rows = rows[rows["hidden"] == 0]
+    wide = rows.pivot_table(
+        index=["bias", "click_rate", "seed"], columns="runner", values="auc_all"
+    )
+    assert wide.groupby(["bias", "click_rate"]).size().eq(10).all()
+    gain = wide["ESMM"] - wide["BASE"]
+    table = gain.groupby(["bias", "click_rate"]).agg(["mean", "std"])
+    half = 2.26 * table["std"] / 10**0.5
+    for bias in (1, 2):
+        assert (table["mean"] - half).loc[bias].min() > 0
+    assert (table["mean"].abs() < half).loc[0].all()
+    ratio = rows[rows["runner"] == "ESMM"].groupby(["bias", "click_rate"])["ratio_all"]
+    biased = ratio.mean().loc[[1, 2]]
+    assert biased.min() == pytest.approx(1.11, abs=0.01)
+    assert biased.max() == pytest.approx(1.29, abs=0.01)

@@ -4,23 +4,23 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from mtl_annotated.esmm import (
-    ESMM,
-    conversion_loss,
-    log_conversion,
-    log_no_conversion,
-)
-from mtl_annotated.features import Dense, Encoder, Sparse
+import mtl_annotated.training
+from mtl_annotated.esmm import ESMM, conversion_logit, conversion_loss
+from mtl_annotated.features import Dense, Encoder, FeatureEmbedding, Sparse
+from mtl_annotated.mmoe import MMoE
 from mtl_annotated.shared_bottom import SharedBottom
 from mtl_annotated.tasks import Task
 from mtl_annotated.training import evaluate, fit, predict
@@ -137,18 +137,71 @@ def test_gradients_equal_finite_differences():
             assert found == pytest.approx(slope, abs=1e-8), name
 
 
-# ---- the logarithms
+# ---- the logit of the product
 
 
 def exact(click, conversion):
-    """σ(a), σ(b) from float64 logits, as fractions good to 60 digits."""
-    import decimal
-
-    with decimal.localcontext() as context:
+    """The logit, its slopes, and by label the loss and its slopes, to 400 digits."""
+    with localcontext() as context:
         context.prec = 400
-        chances = [1 / (1 + (-decimal.Decimal(x)).exp()) for x in (click, conversion)]
-        product = chances[0] * chances[1]
-        return product.ln(), (1 - product).ln(), *chances, product
+        one, two = (-Decimal(click)).exp(), (-Decimal(conversion)).exp()
+        both = one * two
+        total = one + two + both
+        slopes = (one + both) / total, (two + both) / total
+        yes, no = 1 / (1 + total), total / (1 + total)
+        return {
+            "logit": (-total.ln(), *slopes),
+            0: ((1 + 1 / total).ln(), *(yes * slope for slope in slopes)),
+            1: ((1 + total).ln(), *(-no * slope for slope in slopes)),
+        }
+
+
+def found_by(function, click, conversion, dtype):
+    """A value and its slopes in both logits, with 24 copies: the vectorized code."""
+    logits = torch.tensor([[click], [conversion]], dtype=dtype).repeat(1, 24)
+    logits.requires_grad_()
+    value = function(*logits)
+    value.sum().backward()
+    return [Decimal(x.item()) for x in (value[0], *logits.grad[:, 0])]
+
+
+def cross_entropy(label):
+    return lambda a, b: conversion_loss(a, b, torch.full_like(a, label))
+
+
+def assert_right(click, conversion, dtype):
+    """Relative errors of a few roundings, times the larger logit."""
+    expected, eps = exact(click, conversion), torch.finfo(dtype).eps
+    rounding = Decimal(3 * eps * max(1, abs(click), abs(conversion)))
+    value, *slopes = found_by(conversion_logit, click, conversion, dtype)
+    assert abs(value - expected["logit"][0]) <= rounding
+    pairs = list(zip(slopes, expected["logit"][1:], strict=True))
+    for label in (0, 1):
+        loss = found_by(cross_entropy(label), click, conversion, dtype)
+        pairs += zip(loss, expected[label], strict=True)
+    # Where the format has no more normal numbers, only the size can be right.
+    least = Decimal(1000 * torch.finfo(dtype).tiny)
+    for found, truth in pairs:
+        assert abs(found - truth) <= max(rounding * abs(truth), least)
+
+
+CORNERS = [
+    (-3, -7),
+    (-5, -12),
+    (-8, -16),
+    (-40, 0.5),
+    (-69, -69),
+    (20, 20),
+    (200, 200),
+    (-200, 200),
+    (200, -200),
+]
+
+
+@pytest.mark.parametrize(("click", "conversion"), CORNERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_slopes_are_right_in_the_corners(click, conversion, dtype):
+    assert_right(click, conversion, dtype)
 
 
 wide = st.floats(-200, 200, width=32)
@@ -156,30 +209,28 @@ wide = st.floats(-200, 200, width=32)
 
 @settings(max_examples=60, deadline=None)
 @given(wide, wide, st.sampled_from([torch.float32, torch.float64]))
-def test_logarithms_and_slopes_are_right_to_a_few_roundings(click, conversion, dtype):
-    yes, no, p, q, product = (float(x) for x in exact(click, conversion))
-    # From the exact decimals: 1 - product as a float would be 0 at the extremes.
-    *_, p_exact, q_exact, both = exact(click, conversion)
-    slopes = {
-        log_conversion: (float(1 - p_exact), float(1 - q_exact)),
-        log_no_conversion: (
-            float(-both * (1 - p_exact) / (1 - both)),
-            float(-both * (1 - q_exact) / (1 - both)),
-        ),
-    }
-    rounding = torch.finfo(dtype).eps
-    for function, value in ((log_conversion, yes), (log_no_conversion, no)):
-        logits = torch.tensor([click, conversion], dtype=dtype, requires_grad=True)
-        found = function(*logits[:, None].unbind())
-        found.sum().backward()
-        assert abs(found.item() - value) <= 6 * rounding * max(1, abs(value))
-        for slope, expected in zip(logits.grad, slopes[function], strict=True):
-            assert abs(slope.item() - expected) <= 6 * rounding
+def test_values_and_slopes_are_right_to_a_few_roundings(click, conversion, dtype):
+    assert_right(click, conversion, dtype)
+
+
+moderate = st.floats(-(2.0**99), 2.0**99, width=32)
+
+
+@settings(max_examples=100, deadline=None)
+@given(moderate, moderate, st.sampled_from([0.0, 1.0]))
+def test_loss_and_gradient_are_finite_for_any_moderate_logit(a, b, label):
+    logits = torch.tensor([[a], [b]], requires_grad=True)
+    loss = conversion_loss(*logits, torch.tensor([label]))
+    loss.sum().backward()
+    assert 0 <= loss.item() < torch.inf
+    # In [-1, 0] with a conversion, in [0, 1] without, up to a rounding.
+    assert (logits.grad * (1 - 2 * label) >= 0).all()
+    assert (logits.grad.abs() <= 1 + 1e-6).all()
 
 
 @pytest.mark.parametrize("size", [1e3, 1e10, 1e30])
 @pytest.mark.parametrize("label", [0.0, 1.0])
-def test_loss_and_gradient_are_finite_for_any_finite_logit(size, label):
+def test_loss_and_gradient_are_finite_in_all_corners(size, label):
     corners = torch.tensor([-size, 0.0, size])
     logits = torch.cartesian_prod(corners, corners).requires_grad_()
     loss = conversion_loss(*logits.unbind(1), torch.full((9,), label))
@@ -187,17 +238,27 @@ def test_loss_and_gradient_are_finite_for_any_finite_logit(size, label):
     assert loss.isfinite().all()
     assert (loss >= 0).all()
     assert logits.grad.isfinite().all()
-    assert (logits.grad.abs() <= 1).all()
+    assert (logits.grad.abs() <= 1 + 1e-6).all()
 
 
 def test_the_naive_product_loses_what_ours_keeps():
     logits = torch.full((1,), -69.0, requires_grad=True)
     naive = (logits.sigmoid() * logits.sigmoid()).log()
     assert naive.item() == -torch.inf
-    found = log_conversion(logits, logits)
-    assert found.item() == pytest.approx(-138)
+    found = conversion_loss(logits, logits, torch.ones(1))
+    assert found.item() == pytest.approx(138)
     found.backward()
-    assert logits.grad.item() == pytest.approx(2)
+    assert logits.grad.item() == pytest.approx(-2)
+
+
+def test_two_losses_of_pytorch_lose_what_ours_keeps():
+    """Why the loss is written with logsigmoid: values at one end, slopes at both."""
+    logit = torch.tensor([-20.0])
+    assert F.binary_cross_entropy_with_logits(logit, torch.zeros(1)) == 0
+    assert -F.logsigmoid(-logit).item() == pytest.approx(2.0611536e-9, rel=1e-6)
+    far = torch.tensor([20.5], dtype=torch.float64)
+    assert F.softplus(far) == far
+    assert -F.logsigmoid(-far) > far
 
 
 def test_bfloat16_logits_are_read_in_single_precision():
@@ -336,6 +397,16 @@ def test_a_conversion_without_a_click_is_refused_with_count_and_shares():
         evaluate(model, batch)
 
 
+def test_the_refusal_counts_no_row_of_weight_zero():
+    batch = labeled([1, 0, 0, 0, 1], [1, 1, 1, 0, 0], weights=[1, 0.5, 0, 0, 2])
+    message = (
+        "1 rows have 'purchase' = 1 and 'click' = 0: 33.3% of 3 rows, 50.0% of 2"
+        " conversions."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        built(encoded()[0]).check(batch)
+
+
 def test_the_refusal_names_the_columns_and_fit_the_set_of_rows():
     tasks = [Task("click", label="clicked"), Task("purchase", label="bought")]
     table = rows(101).rename(columns={"click": "clicked", "purchase": "bought"})
@@ -356,6 +427,11 @@ def test_the_refusal_names_the_columns_and_fit_the_set_of_rows():
 )
 def test_labels_that_nest_or_do_not_count_pass(click, purchase, weights):
     built(encoded()[0]).check(labeled(click, purchase, weights))
+
+
+class OwnForward(SharedBottom):
+    def forward(self, batch):
+        return super().forward(batch) + 1
 
 
 MIXED = [*FUNNEL, Task("stars", "multiclass", classes=3), Task("seconds", "regression")]
@@ -388,13 +464,74 @@ REFUSALS = [
         "ranker: expected one that builds a Ranker, found Linear",
     ),
     ({"experts": 3}, TypeError, "'experts'"),
+    (
+        {"click": ["click"]},
+        TypeError,
+        "click: expected the name of one task, found ['click']",
+    ),
+    (
+        {"conversion": None},
+        TypeError,
+        "conversion: expected the name of one task, found None",
+    ),
+    (
+        {"ranker": "MMoE"},
+        TypeError,
+        "ranker: expected a class such as MMoE, or a function that builds one, found"
+        " 'MMoE'",
+    ),
+    (
+        {"ranker": MMoE(encoded(MIXED)[0])},
+        TypeError,
+        "ranker: expected a class such as MMoE, or a function that builds one, found"
+        " a finished MMoE",
+    ),
+    (
+        {"ranker": lambda encoder, tasks: SharedBottom(encoder, tasks=tasks[::-1])},
+        ValueError,
+        "ranker: expected the tasks click, purchase in this order, found purchase,"
+        " click in the SharedBottom that it builds",
+    ),
+    (
+        {"ranker": lambda encoder, tasks: SharedBottom(encoder)},
+        ValueError,
+        "in this order, found click, purchase, stars, seconds in the SharedBottom",
+    ),
+    (
+        {"ranker": lambda encoder, tasks: ESMM(encoder)},
+        ValueError,
+        "in this order, found ctr, cvr, ctcvr in the ESMM that it builds",
+    ),
+    (
+        {"ranker": OwnForward},
+        TypeError,
+        "ranker: OwnForward has a forward of its own, which ESMM would not call",
+    ),
 ]
 
 
+@pytest.fixture
+def unchecked():
+    """Annotations are not asserted: what a caller without them would see."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.mark.parametrize(("options", "error", "message"), REFUSALS)
-def test_what_cannot_be_built_is_refused(options, error, message):
+def test_what_cannot_be_built_is_refused(unchecked, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         ESMM(encoded(MIXED)[0], **options)
+
+
+@pytest.mark.parametrize("encoder", [None, rows(3), "encoder"])
+def test_what_is_no_encoder_is_refused_as_by_other_models(unchecked, encoder):
+    errors = []
+    for build in (SharedBottom, ESMM):
+        with pytest.raises(TypeError, match="encoder: expected an Encoder") as caught:
+            build(encoder)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
 
 
 def test_without_a_binary_task_the_refusal_says_so():
@@ -487,6 +624,47 @@ def test_it_reads_the_logits_of_the_ranker_it_stands_on():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def without_bottom(encoder, **options):
+    return SharedBottom(encoder, bottom_units=(), **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "alone"),
+    [
+        ({}, without_bottom),
+        ({"ranker": SharedBottom, "bottom_units": (7,)}, SharedBottom),
+        ({"ranker": MMoE}, MMoE),
+    ],
+)
+def test_from_one_seed_the_weights_are_those_of_the_ranker_alone(given, alone):
+    encoder, batch = encoded(MIXED)
+    torch.manual_seed(3)
+    found = ESMM(encoder, **given)
+    torch.manual_seed(3)
+    options = {key: value for key, value in given.items() if key != "ranker"}
+    expected = alone(encoder, tasks=["click", "purchase"], **options)
+    pairs = zip(found.named_parameters(), expected.named_parameters(), strict=True)
+    for (name, one), (same, two) in pairs:
+        assert name == same
+        assert torch.equal(one, two)
+    batch = batch.to(dtype=torch.float32)
+    assert torch.equal(found(batch), expected(batch))
+
+
+@pytest.mark.parametrize("ranker", [SharedBottom, MMoE])
+def test_the_embedding_is_made_once(monkeypatch, ranker):
+    made = []
+
+    class Counted(FeatureEmbedding):
+        def __init__(self, encoder):
+            made.append(self)
+            super().__init__(encoder)
+
+    monkeypatch.setattr(mtl_annotated.training, "FeatureEmbedding", Counted)
+    model = ESMM(encoded()[0], ranker=ranker)
+    assert made == [model.embedding]
+
+
 def test_two_models_share_no_storage():
     encoder, _ = encoded()
     first, second = ESMM(encoder), ESMM(encoder)
@@ -512,6 +690,20 @@ def test_fit_lowers_the_joint_loss_and_reports_the_cvr():
     history = fit(model, batch, epochs=3, learning_rate=0.02, progress=False)
     assert model.loss(batch).item() < before
     assert {"ctr", "cvr", "ctcvr"} <= set(history["task"])
+
+
+def test_rows_without_a_click_are_trained_on():
+    """No cvr label at all is no reason to stop: cvr has no loss to miss it."""
+    table = rows(101).assign(click=0, purchase=0)
+    encoder, batch = encoded(table=table)
+    model = built(encoder)
+    before = model.loss(batch).item()
+    options = {"learning_rate": 0.01, "train_metrics": False, "progress": False}
+    history = fit(model, batch, encoded()[1], epochs=2, **options)
+    after = model.loss(batch).item()
+    assert 0 < after < before
+    assert {"ctr", "cvr", "ctcvr"} <= set(history["task"])
+    assert predict(model, batch)["ctcvr"].between(0, 1).all()
 
 
 def test_constants_learn_purchases_over_clicks():

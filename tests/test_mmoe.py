@@ -242,6 +242,9 @@ def test_the_order_of_the_tasks_is_the_order_of_the_outputs():
     swapped = MMoE(encoder, tasks=names[::-1], **options).double()
     state = model.state_dict()
     halves = state["trunk.gates.weight"].chunk(2)
+    with pytest.raises(ValueError, match="laid out as .tasks: seconds, click"):
+        swapped.load_state_dict(state)
+    state["_extra_state"] = swapped.state_dict()["_extra_state"]
     swapped.load_state_dict(state | {"trunk.gates.weight": torch.cat(halves[::-1])})
     assert near(swapped(batch), model(batch).flip(1))
     assert near(swapped.loss(batch), model.loss(batch))

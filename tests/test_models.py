@@ -1,5 +1,6 @@
 """What must hold for every model, whatever its trunk: options, precision, tracing, names."""
 
+import inspect
 import itertools
 import subprocess
 import sys
@@ -12,7 +13,14 @@ import pytest
 import torch
 
 import mtl_annotated as mtl
-from mtl_annotated.shared_bottom import ACTIVATIONS, INITIALIZERS, NORMALIZATIONS
+from mtl_annotated.cgc import expert_counts
+from mtl_annotated.mmoe import expert_shapes
+from mtl_annotated.shared_bottom import (
+    ACTIVATIONS,
+    INITIALIZERS,
+    NORMALIZATIONS,
+    checked_units,
+)
 
 BINARY = [mtl.Task("click"), mtl.Task("purchase")]
 MIXED = [
@@ -274,6 +282,117 @@ def test_names_and_shapes_of_saved_weights_stay(name):
         if key.startswith("trunk")
     }
     assert found == NAMES[name]
+
+
+ELSEWHERE = [
+    # Weights of equal shapes whose places mean something else.
+    ({"own_experts": (2, 1)}, {"own_experts": (1, 2)}),
+    ({"tasks": ["click", "purchase"]}, {"tasks": ["purchase", "click"]}),
+    (
+        {"expert_units": [(5, 4), (4,), (4,)]},
+        {"expert_units": [(4,), (5, 4), (4,)]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("saved", "other"), ELSEWHERE)
+def test_weights_laid_out_in_another_way_are_refused(saved, other, tmp_path):
+    encoder, _ = encoded(BINARY)
+    train = encoder.transform(rows(50))
+    first, second = (mtl.CGC(encoder, **options) for options in (saved, other))
+    shapes = [
+        [value.shape for value in model.parameters()] for model in (first, second)
+    ]
+    assert sorted(shapes[0]) == sorted(shapes[1])
+    before = second.state_dict()["trunk.gates.weight"].clone()
+    with pytest.raises(ValueError, match="these weights are of a model laid out as"):
+        second.load_state_dict(first.state_dict())
+    assert torch.equal(second.trunk.gates.weight, before)
+    options = {"epochs": 1, "checkpoint": tmp_path / "run.pt", "progress": False}
+    mtl.fit(first, train, **options)
+    with pytest.raises(ValueError, match="is of another run"):
+        mtl.fit(second, train, **options)
+
+
+@pytest.mark.parametrize("option", [{"gate_temperature": 5.0}, {"gate_dropout": 0.5}])
+def test_a_gate_of_other_settings_is_another_run_and_no_replica(option, tmp_path):
+    encoder, _ = encoded(BINARY)
+    train = encoder.transform(rows(50))
+    options = {"epochs": 1, "checkpoint": tmp_path / "run.pt", "progress": False}
+    mtl.fit(mtl.PLE(encoder), train, **options)
+    with pytest.raises(ValueError, match=r"module trunk\.levels\.0\.gates"):
+        mtl.fit(mtl.PLE(encoder, **option), train, **options)
+    layers = [
+        mtl.MMoELayer(4, (3,), tasks=2),
+        mtl.MMoELayer(4, (3,), tasks=2, **option),
+    ]
+    with pytest.raises(ValueError, match="model 1 differs from model 0"):
+        mtl.Replicas(layers)
+
+
+# The annotations ask for sequences; whoever runs no type checker may pass less.
+LOOSE = [
+    (lambda each: inspect.unwrap(checked_units)("units", each), (8, 4)),
+    (lambda each: inspect.unwrap(expert_shapes)(2, each), ((8, 4), (5, 4))),
+    (lambda each: inspect.unwrap(expert_shapes)(1, each), (8, 4)),
+    (lambda each: inspect.unwrap(expert_counts)("own_experts", each, 2), (2, 1)),
+]
+
+
+@pytest.mark.parametrize(("read", "sizes"), LOOSE)
+def test_sizes_may_come_from_a_generator_and_none_is_lost(read, sizes):
+    assert read(iter(sizes)) == read(sizes)
+    assert len(read(sizes)) > 0
+
+
+@pytest.mark.parametrize(("read", "sizes"), [LOOSE[0], LOOSE[3]])
+@pytest.mark.parametrize("unordered", [{8, 4}, {8: 1, 4: 2}])
+def test_sizes_without_an_order_are_refused(read, sizes, unordered):
+    with pytest.raises((TypeError, ValueError), match="expected .* found"):
+        read(unordered)
+
+
+@pytest.mark.parametrize("name", ["SharedBottom", "MMoE", "CGC"])
+@pytest.mark.parametrize("option", ["gate_droput", "bias", "learned", "shared_gate"])
+def test_an_unknown_option_is_answered_with_the_known_ones(name, option):
+    valid = "activation, normalization, dropout, initializer"
+    with pytest.raises(TypeError, match=rf"unknown option '{option}'.*{valid}$"):
+        built(name, **{option: True})
+
+
+@pytest.mark.parametrize("name", ["MMoE", "CGC", "PLE"])
+def test_a_start_reaches_every_expert_and_every_gate(name):
+    options = {"expert_units": (4,), "gate_units": (4,), "initializer": "orthogonal"}
+    model, _ = built(name, **options)
+    for key, weight in model.trunk.named_parameters():
+        if not key.endswith("weight") or key.endswith("gates.weight"):
+            continue
+        for one in weight.detach():
+            torch.testing.assert_close(
+                one @ one.T, torch.eye(4).double(), rtol=0, atol=1e-5
+            )
+    gates = model.trunk.levels[0].gates if name == "PLE" else model.trunk.gates
+    for one in gates.weight.detach().split(gates.counts):
+        few = one @ one.T if len(one) <= 4 else one.T @ one
+        torch.testing.assert_close(few, torch.eye(len(few)).double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gates_lose_experts_apart_from_each_other_and_as_often_as_asked(dtype):
+    torch.manual_seed(0)
+    gates = mtl.Gates(1, [range(2)] * 2, 2, dropout=np.float64(0.02)).to(dtype).train()
+    lost = gates(torch.ones(100_000, 1, dtype=dtype))[:, :, 0] == 0
+    share = lost.double().mean(0)
+    torch.testing.assert_close(
+        share, torch.full((2,), 0.0196).double(), rtol=0, atol=0.0015
+    )
+    assert lost.all(1).double().mean() < 0.001
+
+
+def test_layers_are_built_without_memory_on_the_meta_device():
+    with torch.device("meta"):
+        layer = mtl.PLELayer(4, (3,), tasks=2)
+    assert all(parameter.is_meta for parameter in layer.parameters())
 
 
 TRACED = f"""

@@ -416,7 +416,7 @@ REFUSALS = [
     ),
     (
         lambda: SharedBottomLayer(3, (4,), tasks=0),
-        "tasks must be at least 1, found 0",
+        "tasks: expected a whole number of at least 1, found 0",
     ),
 ]
 

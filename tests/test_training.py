@@ -22,7 +22,7 @@ from torch import nn
 
 from mtl_annotated import training
 from mtl_annotated.features import Dense, Encoder, Sparse
-from mtl_annotated.tasks import METRICS, Task, joint_loss, measure
+from mtl_annotated.tasks import METRICS, Task, joint_loss, measure, weighted_sum
 from mtl_annotated.training import (
     History,
     Monitor,
@@ -1420,3 +1420,15 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     die_at(sys.argv[1])
     long_run(Path(sys.argv[2]))
+
+
+def test_a_task_of_weight_0_neither_trains_nor_ends_a_run():
+    tasks = (Task("click"), Task("dwell_time", "regression", weight=0.0))
+    losses = torch.tensor([1.0, float("inf")], requires_grad=True)
+    joint = weighted_sum(losses, tasks)
+    joint.backward()
+    assert joint.item() == 1
+    assert losses.grad.tolist() == [1, 0]
+    training.check_finite(tasks, losses.detach().unsqueeze(0), "")
+    with pytest.raises(FloatingPointError, match="'click'"):
+        training.check_finite(tasks, losses.detach().flip(0).unsqueeze(0), "{}")
