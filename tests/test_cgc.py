@@ -8,40 +8,17 @@ from itertools import count, permutations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from small import BINARY, assert_slopes, encoded
 
 from mtl_annotated.cgc import CGC, CGCLayer, expert_counts
-from mtl_annotated.features import Dense, Encoder, Sparse
 from mtl_annotated.mmoe import MMoE, MMoELayer
 from mtl_annotated.shared_bottom import SharedBottom, SharedBottomLayer
 from mtl_annotated.tasks import Task
 from mtl_annotated.training import Replicas, fit
-
-BINARY = [Task("click"), Task("purchase")]
-
-
-def rows(number, seed=0):
-    generator = np.random.default_rng(seed)
-    return pd.DataFrame(
-        {
-            "item": generator.integers(0, 13, number),
-            "price": generator.normal(size=number),
-            "click": generator.integers(0, 2, number),
-            "purchase": generator.integers(0, 2, number),
-            "stars": generator.integers(0, 3, number),
-            "seconds": generator.normal(size=number),
-        }
-    )
-
-
-def encoded(tasks, number=5):
-    columns = [Sparse("item", width=3), Dense("price")]
-    encoder = Encoder(columns, tasks).fit(rows(101))
-    return encoder, encoder.transform(rows(number, seed=1)).to(dtype=torch.float64)
 
 
 def named(number):
@@ -187,22 +164,7 @@ def test_gradients_equal_finite_differences():
         gate_bias=True,
         activation="tanh",
     ).double()
-    model.loss(batch).backward()
-    for name, parameter in model.named_parameters():
-        flat = parameter.data.view(-1)
-        for i in range(0, flat.numel(), max(1, flat.numel() // 5)):
-            old, step = flat[i].item(), 1e-6
-            flat[i] = old + step
-            above = model.loss(batch).item()
-            flat[i] = old - step
-            below = model.loss(batch).item()
-            flat[i] = old
-            slope = (above - below) / (2 * step)
-            found = parameter.grad.view(-1)[i].item()
-            assert found == pytest.approx(slope, abs=1e-8), name
-
-
-# Equivalences.
+    assert_slopes(model, batch)
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -241,9 +203,6 @@ def test_without_shared_experts_each_task_is_a_mixture_alone():
             alone.experts["11"][0].bias.copy_(stack.bias[first:last])
             alone.gates.weight.copy_(links[task])
         torch.testing.assert_close(found[:, task], alone(x)[:, 0], rtol=0, atol=1e-14)
-
-
-# What each task can reach.
 
 
 def reached(layer, features, reader, owner):
@@ -294,9 +253,6 @@ def test_the_shared_gate_sees_every_expert_not_only_the_shared_ones():
     assert weights.shape == (5, 3, 4)
     assert (weights[:, 2] > 0).all()
     assert layer(drawn(5, 7)).shape == (5, 3, 11)
-
-
-# Confirmed bugs of other implementations, as tests that would catch them here.
 
 
 def test_no_shared_experts_does_not_mean_that_all_experts_are_shared():
@@ -355,7 +311,7 @@ def test_a_rows_gate_does_not_depend_on_its_batch(normalization):
 @given(experts(), st.sampled_from([(), (2,)]), st.integers(1, 3))
 def test_every_parameter_gets_a_gradient_even_from_one_row(counts, gate, units):
     own, shared = counts
-    encoder, batch = encoded(named(len(own)), number=1)
+    encoder, batch = encoded(named(len(own)), count=1)
     torch.manual_seed(0)
     model = CGC(
         encoder,
@@ -370,9 +326,6 @@ def test_every_parameter_gets_a_gradient_even_from_one_row(counts, gate, units):
     networks = [*model.trunk.named_parameters(), *model.towers.named_parameters()]
     without = [n for n, p in networks if p.grad is None or not p.grad.all()]
     assert without == []
-
-
-# Symmetries.
 
 
 @settings(max_examples=10, deadline=None)
@@ -421,7 +374,7 @@ def test_the_order_of_the_names_is_the_order_of_the_own_experts():
 
 
 def test_a_missing_label_changes_nothing_for_the_other_task():
-    encoder, batch = encoded(BINARY, number=7)
+    encoder, batch = encoded(BINARY, count=7)
     options = {"own_experts": 2, "expert_units": (5,), "tower_units": (3,)}
     model = CGC(encoder, **options).double()
     losses = model.losses(batch)
@@ -437,9 +390,6 @@ def test_a_missing_label_changes_nothing_for_the_other_task():
             assert not parameter.grad.any()
         else:
             assert torch.equal(parameter.grad, expected[name]), name
-
-
-# The streams that PLE stacks.
 
 
 def test_equal_streams_give_what_one_input_gives():
@@ -475,9 +425,6 @@ def test_a_gate_that_sees_one_expert_has_no_parameters_and_weight_one():
     assert layer.gates.weight.shape == (3, 7)
     assert layer.gates(x)[:, 1].tolist() == [[0.0, 0.0, 1.0]] * 5
     assert torch.equal(layer(x)[:, 1], layer.experts(x)[:, 2])
-
-
-# Production.
 
 
 def test_saving_and_loading_gives_equal_bits(tmp_path):
@@ -533,7 +480,7 @@ def test_trains_tasks_of_mixed_kinds():
         Task("stars", "multiclass", classes=3),
         Task("seconds", "regression"),
     ]
-    encoder, batch = encoded(tasks, number=211)
+    encoder, batch = encoded(tasks, count=211)
     price = batch.dense[:, 0]
     stars = (price > -0.5).double() + (price > 0.5)
     batch.labels.copy_(torch.stack([(price > 0).double(), stars, price], 1))
@@ -547,7 +494,7 @@ def test_trains_tasks_of_mixed_kinds():
 
 def test_one_row_and_one_unit():
     model = built(expert_units=(1,), tower_units=(1,)).double()
-    assert model(encoded(BINARY, number=1)[1]).shape == (1, 2)
+    assert model(encoded(BINARY, count=1)[1]).shape == (1, 2)
 
 
 def test_with_one_task_it_runs():

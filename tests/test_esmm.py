@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import assert_slopes
 from torch.nn import functional as F
 
 import mtl_annotated.training
@@ -63,9 +64,6 @@ def labeled(click, purchase, weights=None):
     if weights is not None:
         weights = torch.tensor(weights, dtype=torch.float64)
     return replace(batch, labels=labels, weights=weights)
-
-
-# ---- the paper's equations, in NumPy
 
 
 def numpy_logits(model, batch):
@@ -122,22 +120,7 @@ def test_forward_and_loss_equal_a_numpy_reference(units, count, weighted, seed):
 def test_gradients_equal_finite_differences():
     encoder, batch = encoded()
     model = built(encoder, activation="tanh")
-    model.loss(batch).backward()
-    for name, parameter in model.named_parameters():
-        flat = parameter.data.view(-1)
-        for i in range(0, flat.numel(), max(1, flat.numel() // 5)):
-            old, step = flat[i].item(), 1e-6
-            flat[i] = old + step
-            above = model.loss(batch).item()
-            flat[i] = old - step
-            below = model.loss(batch).item()
-            flat[i] = old
-            slope = (above - below) / (2 * step)
-            found = parameter.grad.view(-1)[i].item()
-            assert found == pytest.approx(slope, abs=1e-8), name
-
-
-# ---- the logit of the product
+    assert_slopes(model, batch)
 
 
 def exact(click, conversion):
@@ -276,9 +259,6 @@ def test_bfloat16_logits_are_read_in_single_precision():
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-# ---- nothing but the product reaches the conversion tower
-
-
 def test_the_conversion_logit_gets_the_gradient_of_the_product_alone():
     encoder, batch = encoded(count=31)
     model = built(encoder)
@@ -311,9 +291,6 @@ def test_weights_are_those_of_the_two_tasks():
     assert model.joint(losses).item() == 3 + 50
     assert model.joint(losses, epoch=2).item() == 0.75 + 50
     assert [task.weight for task in model.tasks] == [3, 0, 5]
-
-
-# ---- labels and masks
 
 
 def test_the_three_labels_of_every_pair():
@@ -377,9 +354,6 @@ def test_a_row_of_weight_two_counts_as_two_rows():
     expected = torch.stack([2 * by_row[0] + by_row[1]])[0]
     # Means divide by the rows that count: two for ctr and ctcvr, one for cvr.
     torch.testing.assert_close(found, expected / torch.tensor([2.0, 1.0, 2.0]).double())
-
-
-# ---- refusals
 
 
 def test_a_conversion_without_a_click_is_refused_with_count_and_shares():
@@ -540,9 +514,6 @@ def test_without_a_binary_task_the_refusal_says_so():
         ESMM(encoder)
 
 
-# ---- outputs
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(
@@ -596,9 +567,6 @@ def test_it_takes_its_two_tasks_wherever_they_stand_among_others():
     assert list(model.towers) == ["click", "purchase"]
     swapped = built(encoder, click="purchase", conversion="click")
     assert list(swapped.towers) == ["purchase", "click"]
-
-
-# ---- on trunks
 
 
 def test_the_default_is_two_networks_on_one_embedding():
@@ -670,9 +638,6 @@ def test_two_models_share_no_storage():
     first, second = ESMM(encoder), ESMM(encoder)
     owned = {p.data_ptr() for p in first.parameters()}
     assert owned.isdisjoint(p.data_ptr() for p in second.parameters())
-
-
-# ---- training
 
 
 def test_saving_and_loading_gives_equal_bits(tmp_path):
@@ -764,9 +729,6 @@ def test_can_be_traced(code):
     command = [sys.executable, "-c", TRACED + code]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-# ---- what the chapter says of its stored experiment
 
 
 @pytest.fixture(scope="module")

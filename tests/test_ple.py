@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import BINARY, assert_slopes, encoded, rows
 from torch import nn
 
 from mtl_annotated.cgc import CGC, CGCLayer
@@ -28,28 +28,6 @@ from mtl_annotated.ple import (
 from mtl_annotated.shared_bottom import MLP, Towers
 from mtl_annotated.tasks import Task
 from mtl_annotated.training import Replicas, evaluate, fit, predict
-
-BINARY = [Task("click"), Task("purchase")]
-
-
-def rows(count, seed=0):
-    generator = np.random.default_rng(seed)
-    return pd.DataFrame(
-        {
-            "item": generator.integers(0, 13, count),
-            "price": generator.normal(size=count),
-            "click": generator.integers(0, 2, count),
-            "purchase": generator.integers(0, 2, count),
-            "stars": generator.integers(0, 3, count),
-            "seconds": generator.normal(size=count),
-        }
-    )
-
-
-def encoded(tasks, count=5):
-    columns = [Sparse("item", width=3), Dense("price")]
-    encoder = Encoder(columns, tasks).fit(rows(101))
-    return encoder, encoder.transform(rows(count, seed=1)).to(dtype=torch.float64)
 
 
 def softmax(logits):
@@ -199,21 +177,7 @@ def test_gradients_equal_finite_differences():
     sizes = {"expert_units": (3,), "tower_units": (2,), "activation": "tanh"}
     model = PLE(encoder, own_experts=[1, 2], levels=3, gate_units=(2,), **sizes)
     model = model.double()
-    model.loss(batch).backward()
-    for name, parameter in model.named_parameters():
-        flat = parameter.data.view(-1)
-        for i in range(0, flat.numel(), max(1, flat.numel() // 3)):
-            old, step, both = flat[i].item(), 1e-6, []
-            for value in (old + step, old - step):
-                flat[i] = value
-                both.append(model.loss(batch).item())
-            flat[i] = old
-            slope = (both[0] - both[1]) / (2 * step)
-            found = parameter.grad.view(-1)[i].item()
-            assert found == pytest.approx(slope, abs=1e-8), name
-
-
-# Equivalences
+    assert_slopes(model, batch)
 
 
 @settings(max_examples=20, deadline=None)
@@ -266,9 +230,6 @@ def test_a_number_of_levels_is_short_for_that_many_empty_mappings():
     x = torch.randn(5, 4)
     assert torch.equal(short(x), long(x))
     assert len(short.levels) == 3
-
-
-# No dead parts, no clones
 
 
 @settings(max_examples=60, deadline=None)
@@ -335,9 +296,6 @@ def test_a_gate_without_a_choice_makes_the_gate_below_it_needless():
         [False, False, True],
         [True, True, False],
     ]
-
-
-# What is wrong elsewhere
 
 
 def test_the_last_level_has_no_shared_gate():
@@ -422,9 +380,6 @@ def test_a_gate_reads_its_stream_and_not_the_raw_input():
     assert torch.equal(layer(x), layer(changed))
 
 
-# Symmetries
-
-
 def test_permuting_shared_experts_with_their_gate_rows_changes_nothing():
     layer = built(2, [([1, 1], 3), ([1, 1], 3)])
     x = torch.randn(5, 4, dtype=torch.float64)
@@ -488,9 +443,6 @@ def test_a_missing_label_changes_nothing_for_the_other_task():
             assert torch.equal(parameter.grad, alone[name]), name
         else:
             torch.testing.assert_close(parameter.grad, alone[name], rtol=0, atol=1e-14)
-
-
-# Settings
 
 
 def test_levels_differ_in_what_their_mapping_says():
@@ -573,9 +525,6 @@ def test_parameter_names_are_readable():
         "towers.purchase.output.weight",
         "towers.purchase.output.bias",
     ]
-
-
-# Use
 
 
 def test_saving_and_loading_gives_equal_bits(tmp_path):

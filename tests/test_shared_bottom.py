@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import BINARY, assert_slopes, encoded
 
-from mtl_annotated.features import Dense, Encoder, Sparse
 from mtl_annotated.shared_bottom import (
     ACTIVATIONS,
     INITIALIZERS,
@@ -25,28 +24,6 @@ from mtl_annotated.shared_bottom import (
     initialize,
 )
 from mtl_annotated.tasks import Task
-
-BINARY = [Task("click"), Task("purchase")]
-
-
-def rows(count, seed=0):
-    generator = np.random.default_rng(seed)
-    return pd.DataFrame(
-        {
-            "item": generator.integers(0, 13, count),
-            "price": generator.normal(size=count),
-            "click": generator.integers(0, 2, count),
-            "purchase": generator.integers(0, 2, count),
-            "stars": generator.integers(0, 3, count),
-            "seconds": generator.normal(size=count),
-        }
-    )
-
-
-def encoded(tasks, count=5):
-    columns = [Sparse("item", width=3), Dense("price")]
-    encoder = Encoder(columns, tasks).fit(rows(101))
-    return encoder, encoder.transform(rows(count, seed=1)).to(dtype=torch.float64)
 
 
 def numpy_logits(model, batch):
@@ -102,19 +79,7 @@ def test_gradients_equal_finite_differences():
     model = SharedBottom(
         encoder, bottom_units=(4,), tower_units=(3,), activation="tanh"
     ).double()
-    model.loss(batch).backward()
-    for name, parameter in model.named_parameters():
-        flat = parameter.data.view(-1)
-        for i in range(0, flat.numel(), max(1, flat.numel() // 5)):
-            old, step = flat[i].item(), 1e-6
-            flat[i] = old + step
-            above = model.loss(batch).item()
-            flat[i] = old - step
-            below = model.loss(batch).item()
-            flat[i] = old
-            slope = (above - below) / (2 * step)
-            found = parameter.grad.view(-1)[i].item()
-            assert found == pytest.approx(slope, abs=1e-8), name
+    assert_slopes(model, batch)
 
 
 @settings(max_examples=20, deadline=None)
