@@ -139,6 +139,12 @@ class CGCLayer(nn.Module):
         """Each task's own mixture, and that of the shared gate if there is one."""
         if features.ndim == 2:
             return torch.bmm(self.gates(features), self.experts(features))
+        read = max([*self.owners, *self.gates.learned]) + 1
+        if features.ndim != 3 or not read <= features.shape[1] <= self.tasks + 1:
+            raise ValueError(
+                f"features: expected [batch, inputs] or [batch, streams, inputs] with"
+                f" {read} to {self.tasks + 1} streams, found {list(features.shape)}"
+            )
         weights = self.gates(features[:, : self.gates.shape[0]])
         return torch.bmm(weights, self.experts(features[:, self.owners]))
 

@@ -454,6 +454,9 @@ class MMoELayer(nn.Module):
         self, features: Float[Tensor, "batch inputs"]
     ) -> Float[Tensor, "batch tasks units"]:
         """Each task's own mixture of the experts."""
+        if features.ndim != 2:
+            found = list(features.shape)
+            raise ValueError(f"features: expected [batch, inputs], found {found}")
         mixed = torch.bmm(self.gates(features), self.experts(features))
         return mixed.expand(-1, self.tasks, -1)
 

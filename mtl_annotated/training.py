@@ -127,8 +127,8 @@ class Ranker(nn.Module):
     def check(self, batch: Batch) -> None:
         """Refuse rows whose labels this model cannot represent; here, none.
 
-        `fit` calls it for each set of rows and puts the set's name in front of the
-        message. Raises: a subclass raises ValueError, and says which labels.
+        `fit` and `evaluate` call it for each set of rows and put the set's name in
+        front of the message. Raises: a subclass raises ValueError, and says which labels.
         """
 
     def predictions(

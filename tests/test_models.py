@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import re
 import subprocess
 import sys
 from functools import partial
@@ -387,6 +388,32 @@ def test_gates_lose_experts_apart_from_each_other_and_as_often_as_asked(dtype):
         share, torch.full((2,), 0.0196).double(), rtol=0, atol=0.0015
     )
     assert lost.all(1).double().mean() < 0.001
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "message"),
+    [
+        (
+            mtl.MMoELayer(4, tasks=2),
+            (2, 3, 4),
+            "expected [batch, inputs], found [2, 3, 4]",
+        ),
+        (mtl.MMoELayer(4, tasks=2), (4,), "expected [batch, inputs], found [4]"),
+        (mtl.CGCLayer(4, tasks=2), (2, 2, 4), "with 3 to 3 streams, found [2, 2, 4]"),
+        (mtl.CGCLayer(4, tasks=2), (2, 4, 4), "with 3 to 3 streams, found [2, 4, 4]"),
+        (
+            mtl.CGCLayer(4, tasks=2, shared_experts=0),
+            (2, 1, 4),
+            "with 2 to 3 streams, found [2, 1, 4]",
+        ),
+    ],
+)
+def test_features_of_another_rank_or_number_of_streams_are_refused(
+    layer, shape, message
+):
+    forward = inspect.unwrap(type(layer).forward)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        forward(layer, torch.zeros(shape))
 
 
 def test_layers_are_built_without_memory_on_the_meta_device():
