@@ -21,7 +21,12 @@ from mtl_annotated.mmoe import (
     gate_options,
     tower_options,
 )
-from mtl_annotated.shared_bottom import Towers, check_options, checked_count
+from mtl_annotated.shared_bottom import (
+    Towers,
+    check_names,
+    check_options,
+    checked_count,
+)
 from mtl_annotated.tasks import Task
 from mtl_annotated.training import Ranker
 
@@ -132,6 +137,7 @@ class CGCLayer(nn.Module):
             **gate_options(options),
         )
         self.width: int = self.experts.width
+        self.streams = max([*self.owners, *self.gates.learned]) + 1
 
     def forward(
         self, features: Float[Tensor, "batch *streams inputs"]
@@ -139,11 +145,13 @@ class CGCLayer(nn.Module):
         """Each task's own mixture, and that of the shared gate if there is one."""
         if features.ndim == 2:
             return torch.bmm(self.gates(features), self.experts(features))
-        read = max([*self.owners, *self.gates.learned]) + 1
-        if features.ndim != 3 or not read <= features.shape[1] <= self.tasks + 1:
+        if (
+            features.ndim != 3
+            or not self.streams <= features.shape[1] <= self.tasks + 1
+        ):
             raise ValueError(
-                f"features: expected [batch, inputs] or [batch, streams, inputs] with"
-                f" {read} to {self.tasks + 1} streams, found {list(features.shape)}"
+                "features: expected [batch, inputs] or [batch, streams, inputs] with"
+                f" {self.streams} to {self.tasks + 1} streams, found {list(features.shape)}"
             )
         weights = self.gates(features[:, : self.gates.shape[0]])
         return torch.bmm(weights, self.experts(features[:, self.owners]))
@@ -156,13 +164,8 @@ def counts_by_name(
     """Numbers by a task's name, as numbers in the order of the tasks."""
     if not isinstance(counts, Mapping):
         return counts
-    names = [task.name for task in tasks]
-    if set(counts) != set(names):
-        raise ValueError(
-            f"own_experts names the tasks {sorted(counts, key=str)}, expected"
-            f" {sorted(names)}"
-        )
-    return [counts[name] for name in names]
+    check_names("own_experts names", counts, tasks)
+    return [counts[task.name] for task in tasks]
 
 
 # Chapter 'CGC', section 'The model'

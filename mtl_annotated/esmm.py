@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mtl_annotated.features import Batch, Encoder
 from mtl_annotated.shared_bottom import SharedBottom
 from mtl_annotated.tasks import Task, masked_mean, weighted_sum
-from mtl_annotated.training import Ranker
+from mtl_annotated.training import Ranker, check_encoder
 
 
 # Chapter 'ESMM', section 'Tiny probabilities: the product has a logit'
@@ -74,9 +74,7 @@ def funnel_task(encoder: Encoder, argument: str, name: str) -> Task:
 # Chapter 'ESMM', section 'The class'
 def funnel_tasks(encoder: Encoder, click: str, conversion: str) -> tuple[Task, Task]:
     """The two tasks of the chain; refuses what is no encoder, and one task twice."""
-    if not isinstance(encoder, Encoder):
-        kind = type(encoder).__name__
-        raise TypeError(f"encoder: expected an Encoder, found {kind}")
+    check_encoder(encoder)
     first = funnel_task(encoder, "click", click)
     second = funnel_task(encoder, "conversion", conversion)
     if first is second:

@@ -14,24 +14,12 @@ from torch import Tensor, nn
 
 from mtl_annotated.cgc import CGCLayer, counts_by_name, expert_counts
 from mtl_annotated.features import Encoder, naming
-from mtl_annotated.mmoe import tower_options
+from mtl_annotated.mmoe import MIXTURE_OPTIONS, tower_options
 from mtl_annotated.shared_bottom import Towers, checked_count
 from mtl_annotated.training import Ranker
 
-LEVEL_SETTINGS = (
-    "own_experts",
-    "shared_experts",
-    "expert_units",
-    "expert_bias",
-    "gate_units",
-    "gate_bias",
-    "gate_temperature",
-    "gate_dropout",
-    "activation",
-    "normalization",
-    "dropout",
-    "initializer",
-)
+SIZES_OF_A_LEVEL = ("own_experts", "shared_experts", "expert_units", "gate_units")
+LEVEL_SETTINGS = (*SIZES_OF_A_LEVEL, *MIXTURE_OPTIONS)
 
 
 # Chapter 'PLE', section 'The settings of the levels'

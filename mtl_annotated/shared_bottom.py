@@ -210,18 +210,23 @@ class Towers(nn.ModuleDict):
 
 
 # Chapter 'Shared bottom', section 'Towers'
+def check_names(what: str, named: Mapping[str, Any], tasks: Sequence[Task]) -> None:
+    """Refuse a mapping by task that does not name each task, no more and no fewer."""
+    names = {task.name for task in tasks}
+    if set(named) != names:
+        raise ValueError(
+            f"{what} the tasks {sorted(named, key=str)}, expected {sorted(names)}"
+        )
+
+
+# Chapter 'Shared bottom', section 'Towers'
 def tower_units(
     units: Sequence[int] | Mapping[str, Sequence[int]], name: str, tasks: Sequence[Task]
 ) -> Sequence[int]:
     """The hidden widths of one task's tower."""
     if not isinstance(units, Mapping):
         return checked_units("tower_units", units)
-    names = [task.name for task in tasks]
-    if set(units) != set(names):
-        raise ValueError(
-            f"tower_units name the tasks {sorted(units, key=str)}, expected"
-            f" {sorted(names)}"
-        )
+    check_names("tower_units name", units, tasks)
     return checked_units(f"tower_units[{name!r}]", units[name])
 
 

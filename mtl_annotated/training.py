@@ -60,6 +60,13 @@ def task_positions(
 
 
 # Chapter 'Training', section 'The smallest model'
+def check_encoder(encoder: object) -> None:
+    """Refuse what is no encoder."""
+    if not isinstance(encoder, Encoder):
+        raise TypeError(f"encoder: expected an Encoder, found {type(encoder).__name__}")
+
+
+# Chapter 'Training', section 'The smallest model'
 class Ranker(nn.Module):
     """A model of an encoder's tasks: embedding, then trunk, then towers.
 
@@ -84,10 +91,7 @@ class Ranker(nn.Module):
         embedding: FeatureEmbedding | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(encoder, Encoder):
-            raise TypeError(
-                f"encoder: expected an Encoder, found {type(encoder).__name__}"
-            )
+        check_encoder(encoder)
         self.label_index = task_positions(encoder.tasks, tasks)
         self.tasks = tuple(encoder.tasks[index] for index in self.label_index)
         self.outputs = tuple(name for task in self.tasks for name in task.outputs)
