@@ -4,6 +4,7 @@ Rows go in, named scores come out:
 rows → `Encoder` → `Batch` → embedding → trunk → towers → tasks.
 """
 
+from mtl_annotated.big_tables import RowAdagrad, RowAdam
 from mtl_annotated.cgc import CGC, CGCLayer
 from mtl_annotated.datasets import load_adult
 from mtl_annotated.esmm import ESMM
@@ -47,6 +48,8 @@ __all__ = [
     "PLELayer",
     "Ranker",
     "Replicas",
+    "RowAdagrad",
+    "RowAdam",
     "Sequence",
     "SharedBottom",
     "SharedBottomLayer",

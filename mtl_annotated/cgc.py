@@ -99,6 +99,8 @@ class CGCLayer(nn.Module):
     the streams: section 4.2, equation 6.
     """
 
+    reads: Tensor
+
     def __init__(
         self,
         inputs: int,
@@ -121,6 +123,7 @@ class CGCLayer(nn.Module):
         own = expert_counts("own_experts", own_experts, tasks)
         shared = expert_counts("shared_experts", shared_experts, 1)
         self.owners = [k for k, n in enumerate(own + shared) for _ in range(n)]
+        self.register_buffer("reads", torch.tensor(self.owners), persistent=False)
         count = len(self.owners)
         # Before the experts: it refuses a layer that would have none.
         sees = sights(self.owners, tasks, shared_gate=shared_gate)
@@ -154,7 +157,8 @@ class CGCLayer(nn.Module):
                 f" {self.streams} to {self.tasks + 1} streams, found {list(features.shape)}"
             )
         weights = self.gates(features[:, : self.gates.shape[0]])
-        return torch.bmm(weights, self.experts(features[:, self.owners]))
+        own = features.index_select(1, self.reads)
+        return torch.bmm(weights, self.experts(own))
 
 
 # Chapter 'CGC', section 'The model'

@@ -36,6 +36,16 @@ def conversion_logit(
 
 
 # Chapter 'ESMM', section 'Tiny probabilities: the product has a logit'
+def signed_loss(
+    logits: Float[Tensor, "*shape"], labels: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """The cross-entropy of each logit and its label, 0 or 1."""
+    # Not PyTorch's binary_cross_entropy_with_logits: for label 0 it subtracts
+    # log σ(z) from z, and rounds a loss of 2e-9 at z = -20 to 0.
+    return -F.logsigmoid(logits.where(labels == 1, -logits))
+
+
+# Chapter 'ESMM', section 'Tiny probabilities: the product has a logit'
 def conversion_loss(
     click: Float[Tensor, " batch"],
     conversion: Float[Tensor, " batch"],
@@ -48,10 +58,7 @@ def conversion_loss(
 
     Source: Ma, Zhao, Huang, et al. (2018), equation 3, the second term.
     """
-    logit = conversion_logit(click, conversion)
-    # Not PyTorch's binary_cross_entropy_with_logits: for label 0 it subtracts
-    # log σ(z) from z, and rounds a loss of 2e-9 at z = -20 to 0.
-    return -F.logsigmoid(logit.where(labels == 1, -logit))
+    return signed_loss(conversion_logit(click, conversion), labels)
 
 
 # Chapter 'ESMM', section 'The class'
@@ -174,6 +181,7 @@ class ESMM(Ranker):
         self.trunk, self.towers = built.trunk, built.towers
         self.funnel, self.tasks = funnel, derived_tasks(*funnel)
         self.outputs = tuple(task.name for task in self.tasks)
+        self.layout = f"click {click!r}, conversion {conversion!r}"
 
     def labels(self, batch: Batch) -> Float[Tensor, "batch 3"]:
         """Labels of ctr, cvr and ctcvr; NaN where missing.
@@ -199,20 +207,14 @@ class ESMM(Ranker):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = self.labels(batch)
         valid = ~labels.isnan()
-        click, cvr, ctcvr = labels.where(valid, 0).to(logits.dtype).unbind(1)
-        a, b = logits.unbind(1)
-        rows = [
-            F.binary_cross_entropy_with_logits(a, click, reduction="none"),
-            F.binary_cross_entropy_with_logits(b, cvr, reduction="none"),
-            conversion_loss(a, b, ctcvr),
-        ]
-        return masked_mean(torch.stack(rows, dim=1), valid, batch.weights)
+        both = conversion_logit(*logits.unbind(1)).unsqueeze(1)
+        every = torch.cat([logits, both], 1)
+        rows = signed_loss(every, labels.where(valid, 0))
+        return masked_mean(rows, valid, batch.weights)
 
     def joint(self, losses: Float[Tensor, " 3"], epoch: int = 0) -> Float[Tensor, ""]:
         """The losses of ctr and ctcvr, weighted and added; cvr's does not enter."""
-        ctr, _, ctcvr = losses.unbind()
-        trained = self.tasks[0], self.tasks[2]
-        return weighted_sum(torch.stack([ctr, ctcvr]), trained, epoch)
+        return weighted_sum(losses[::2], self.tasks[::2], epoch)
 
     def predictions(
         self, batch: Batch, logits: Float[Tensor, "batch 2"] | None = None

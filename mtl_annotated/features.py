@@ -232,7 +232,7 @@ def id_text(value: Any) -> str:
 
 # Chapter 'Features', section 'When are two ids the same?'
 def plain_ids(values: pd.Index) -> pd.Index:
-    """Ids as int64 if their type is numeric, as text otherwise.
+    """Ids as int64 if their type is numeric and all fit, as text otherwise.
 
     Missing values must have been taken out.
 
@@ -252,7 +252,8 @@ def plain_ids(values: pd.Index) -> pd.Index:
         odd = (np.floor(numbers) != numbers) | (np.abs(numbers) >= bound)
         for number in numbers[odd]:
             id_text(number)  # raises, and names the first
-    if values.dtype.kind in "bif":
+    fits = values.dtype.kind == "u" and (values < 2**63).all()
+    if values.dtype.kind in "bif" or fits:
         return values.astype("int64")
     texts = [id_text(value) for value in values.tolist()]
     return pd.Index(texts, dtype="str")
@@ -384,7 +385,9 @@ def look_up(
     """The ids of values of any type that ids may have."""
     dtype = values.dtype
     plain = isinstance(dtype, np.dtype) and dtype.kind in "bi"
-    if isinstance(table, Vocabulary) and (plain or dtype == "str"):
+    if isinstance(dtype, pd.StringDtype):
+        plain = dtype == "str" and dtype.storage == "python"
+    if isinstance(table, Vocabulary) and plain:
         ids = table.ids(plain_ids(pd.Index(values)))
         if table.missing:
             ids[values.isna()] = table.missing
@@ -572,17 +575,17 @@ def flatten(
     return join(last), counts
 
 
-BLOCK = 65_536
+BLOCK = 16_384
 
 
 # Chapter 'Features', section 'Lists of ids'
 def blocks(
-    cells: pd.Series, length: int
+    cells: pd.Series, length: int, size: int
 ) -> Iterator[tuple[slice, pd.Series, Int[np.ndarray, " rows"]]]:
-    """A sequence column in blocks of rows: which rows, flat values, counts."""
+    """A sequence column in blocks of `size` rows: which, flat values, counts."""
     check_lists(cells)
-    for start in range(0, len(cells), BLOCK):
-        rows = slice(start, start + BLOCK)
+    for start in range(0, len(cells), size):
+        rows = slice(start, start + size)
         yield rows, *flatten(cells.iloc[rows], length)
 
 
@@ -598,7 +601,7 @@ def look_up_lists(
     """Write the ids of a sequence column into `out`, padding after them."""
     length = out.shape[1]
     out[:] = PADDING
-    for rows, values, counts in blocks(cells, length):
+    for rows, values, counts in blocks(cells, length, BLOCK):
         real = np.arange(length) < counts[:, None]
         out[rows][real] = look_up(values, table)
 
@@ -923,15 +926,26 @@ class Encoder:
             refuse(~(weights >= 0), "negative or missing weight", weights)
             return single(weights)
 
+    def _knows_any(
+        self, column: IdColumn, ids: Int[np.ndarray, "rows positions"]
+    ) -> bool:
+        """Whether any value of a column is known from training."""
+        missing = self._lookups[column.table].missing
+        for start in range(0, len(ids), BLOCK):
+            part = ids[start : start + BLOCK, self.positions[column.name]]
+            if ((part > 0) & (part != missing)).any():
+                return True
+        return False
+
     def _warn_if_strange(
         self, rows: pd.DataFrame, ids: Int[np.ndarray, "rows positions"]
     ) -> None:
         """Warn of columns in which not one value is known."""
         for column in self._readers():
             name, table = column.name, self._lookups[column.table]
-            place = ids[:, self.positions[name]]
-            known = (place > 0) & (place != table.missing)
-            if name in self._warned or known.any() or isinstance(table, Buckets):
+            if isinstance(table, Buckets) or name in self._warned:
+                continue
+            if self._knows_any(column, ids):
                 continue
             found = first_values(column, rows[name])
             if len(found) == 3:
@@ -1043,7 +1057,7 @@ def count_column(column: IdColumn, cells: pd.Series) -> list[tuple[pd.Series, in
     """The counts of a column's values, as `learn_vocabulary` takes them."""
     with naming(f"column {column.name!r}", ID_HINT):
         if isinstance(column, Sequence):
-            found = blocks(cells, column.length)
+            found = blocks(cells, column.length, 4 * BLOCK)
             return [count_ids(values) for _, values, _ in found]
         return [count_ids(cells)]
 
@@ -1125,7 +1139,7 @@ def first_values(column: IdColumn, cells: pd.Series) -> list:
     """Up to three different values of a column of ids, for a message."""
     parts = [cells]
     if isinstance(column, Sequence):
-        parts = [values for _, values, _ in blocks(cells, column.length)]
+        parts = [values for _, values, _ in blocks(cells, column.length, BLOCK)]
     found = [pd.Series(part.dropna().unique()) for part in parts]
     return pd.concat(found)[:3].tolist() if found else []
 
@@ -1165,7 +1179,7 @@ STD = 0.05
 def packed_weight(tables: list[Table]) -> nn.Parameter:
     """Tables of one width below each other: normal, row 0 of each at zero."""
     rows = [table.rows for table in tables]
-    weight = torch.randn(sum(rows), tables[0].width) * STD
+    weight = torch.randn(sum(rows), tables[0].width).mul_(STD)
     weight[np.cumsum([0, *rows[:-1]])] = 0
     return nn.Parameter(weight)
 
@@ -1238,7 +1252,8 @@ class FeatureEmbedding(nn.Module):
 
     A column of ids gives a vector, a dense column its number. Every instance
     has weights of its own, drawn from PyTorch's global generator. `width` is
-    the output's, `encoder` the fingerprint of the encoder at construction.
+    the output's, `encoder` the fingerprint of the encoder at construction,
+    `by_row` the widths whose gradient is sparse, none at first.
 
     Raises: NotFittedError if the encoder has not been fitted.
     """
@@ -1267,6 +1282,7 @@ class FeatureEmbedding(nn.Module):
         for piece in self.pieces:
             self.sizes.setdefault(piece.source, []).append(piece.size)
         self.width = sum(getattr(c, "width", 1) for c in encoder.columns)
+        self.by_row: frozenset[int] = frozenset()
         self.encoder = encoder.fingerprint
 
     def by_width(self, values: Tensor) -> dict[int, Tensor]:
@@ -1279,7 +1295,9 @@ class FeatureEmbedding(nn.Module):
         inside = ids.clamp(min=0).minimum(self.last) == ids
         packed = self.by_width(ids * inside + self.first)
         return {
-            width: F.embedding(rows, self.weights[str(width)])
+            width: read_rows(
+                self.weights[str(width)], rows, sparse=width in self.by_row
+            )
             for width, rows in packed.items()
         }
 
@@ -1341,6 +1359,19 @@ class FeatureEmbedding(nn.Module):
 def cut(values: Tensor, sizes: list[int]) -> Iterable[Tensor]:
     """Values [batch, places, ...] in parts of these sizes."""
     return (values,) if len(sizes) == 1 else values.split(sizes, 1)
+
+
+# Chapter 'Features', section 'One lookup for each width'
+def read_rows(
+    weight: Float[Tensor, "rows width"],
+    rows: Int[Tensor, "batch positions"],
+    *,
+    sparse: bool,
+) -> Float[Tensor, "batch positions width"]:
+    """The rows of a packed weight; `sparse` is how its gradient is kept."""
+    if sparse or rows.device.type != "cpu":
+        return F.embedding(rows, weight, sparse=sparse)
+    return weight.index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 # Chapter 'Features', section 'One lookup for each width'

@@ -18,6 +18,8 @@ from mtl_annotated.features import Encoder
 from mtl_annotated.shared_bottom import (
     MLP,
     MLP_OPTIONS,
+    StackedMLP,
+    Stacks,
     Towers,
     check_options,
     checked_count,
@@ -25,117 +27,6 @@ from mtl_annotated.shared_bottom import (
     linear_layer,
 )
 from mtl_annotated.training import Ranker
-
-
-# Chapter 'MMoE', section 'Linear layers side by side'
-class StackedLinear(nn.Module):
-    """Linear layers of one shape side by side, computed as one product.
-
-    `[batch, inputs]`, which every copy reads, or `[batch, copies, inputs]`, where
-    each reads its own slice, to `[batch, copies, units]`. `weight` is
-    `[copies, units, inputs]`, `bias` is `[copies, units]` or None.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.stack([x.weight.detach() for x in layers]))
-        biases = [x.bias.detach() for x in layers if x.bias is not None]
-        self.bias = nn.Parameter(torch.stack(biases)) if biases else None
-
-    def forward(
-        self, features: Float[Tensor, "batch *copies inputs"]
-    ) -> Float[Tensor, "batch copies units"]:
-        """All copies at once."""
-        if features.ndim == 3:
-            return self.each(features)
-        bias = None if self.bias is None else self.bias.flatten()
-        found = F.linear(features, self.weight.flatten(0, 1), bias)
-        return found.unflatten(1, self.weight.shape[:2])
-
-    def each(
-        self, features: Float[Tensor, "batch copies inputs"]
-    ) -> Float[Tensor, "batch copies units"]:
-        """Each copy on its own slice."""
-        if self.weight.shape[0] == 1:
-            bias = None if self.bias is None else self.bias[0]
-            return F.linear(features, self.weight[0], bias)
-        own, weight = features.transpose(0, 1), self.weight.transpose(1, 2)
-        if self.bias is None:
-            return torch.bmm(own, weight).transpose(0, 1)
-        return torch.baddbmm(self.bias.unsqueeze(1), own, weight).transpose(0, 1)
-
-    def extra_repr(self) -> str:
-        copies, units, inputs = self.weight.shape
-        return f"{copies} x ({inputs} -> {units}), bias={self.bias is not None}"
-
-
-# Chapter 'MMoE', section 'Whole MLPs side by side'
-class StackedBatchNorm(nn.BatchNorm1d):
-    """Batch normalization of `[batch, copies, units]`, each unit of each copy alone."""
-
-    def __init__(self, layers: Sequence[nn.BatchNorm1d]) -> None:
-        units = sum(layer.num_features for layer in layers)
-        super().__init__(units, dtype=layers[0].weight.dtype)
-        states = [layer.state_dict() for layer in layers]
-        joined = {
-            name: torch.cat([state[name] for state in states]) if value.ndim else value
-            for name, value in states[0].items()
-        }
-        self.load_state_dict(joined)
-
-    def forward(
-        self, features: Float[Tensor, "batch copies units"]
-    ) -> Float[Tensor, "batch copies units"]:
-        """The normalized features."""
-        return super().forward(features.flatten(1)).unflatten(1, features.shape[1:])
-
-
-# Chapter 'MMoE', section 'Whole MLPs side by side'
-class StackedLayerNorm(nn.Module):
-    """Layer normalization of `[batch, copies, units]`, each copy over its units."""
-
-    def __init__(self, layers: Sequence[nn.LayerNorm]) -> None:
-        super().__init__()
-        self.shape = (len(layers), *layers[0].normalized_shape)
-        self.weight = nn.Parameter(torch.cat([x.weight.detach() for x in layers]))
-        self.bias = nn.Parameter(torch.cat([x.bias.detach() for x in layers]))
-
-    def forward(
-        self, features: Float[Tensor, "batch copies units"]
-    ) -> Float[Tensor, "batch copies units"]:
-        """The normalized features."""
-        normal = F.layer_norm(features, features.shape[-1:]).flatten(1)
-        return torch.addcmul(self.bias, normal, self.weight).unflatten(1, self.shape)
-
-
-# Chapter 'MMoE', section 'Whole MLPs side by side'
-def stacked(layers: Sequence[Any]) -> nn.Module:
-    """The same layer of several MLPs as one module that computes them all.
-
-    Activations and dropout work on each number by itself and need no twin.
-    """
-    if isinstance(layers[0], nn.Linear):
-        return StackedLinear(layers)
-    if isinstance(layers[0], nn.BatchNorm1d):
-        return StackedBatchNorm(layers)
-    if isinstance(layers[0], nn.LayerNorm):
-        return StackedLayerNorm(layers)
-    return layers[0]
-
-
-# Chapter 'MMoE', section 'Whole MLPs side by side'
-class StackedMLP(nn.Sequential):
-    """MLPs of one shape side by side: one product a layer, whatever their number.
-
-    `[batch, inputs]` or `[batch, copies, inputs]` to `[batch, copies, width]`. It
-    takes over the weights that the `mlps` have and shares no storage with them.
-    """
-
-    def __init__(self, mlps: Sequence[MLP]) -> None:
-        super().__init__(*map(stacked, zip(*mlps, strict=True)))
-        self.width: int = mlps[0].width
 
 
 # Chapter 'MMoE', section 'Experts'
@@ -162,7 +53,7 @@ def expert_shapes(
 
 
 # Chapter 'MMoE', section 'Experts'
-class Experts(nn.ModuleDict):
+class Experts(Stacks):
     """Experts side by side; those of one shape are computed together.
 
     `[batch, inputs]`, which all read, or `[batch, experts, inputs]`, to
@@ -178,6 +69,8 @@ class Experts(nn.ModuleDict):
     Raises: ValueError for sizes that do not fit; as `MLP` raises.
     """
 
+    place: Tensor
+
     def __init__(
         self,
         inputs: int,
@@ -185,31 +78,22 @@ class Experts(nn.ModuleDict):
         units: Sequence[int] | Sequence[Sequence[int]] = (64, 64),
         **options,
     ) -> None:
-        super().__init__()
         shapes = expert_shapes(checked_count("count", count), units)
         mlps = [MLP(inputs, shape, **options) for shape in shapes]
-        self.members: dict[str, list[int]] = {}
-        for index, shape in enumerate(shapes):
-            self.members.setdefault("x".join(map(str, shape)), []).append(index)
-        for name, members in self.members.items():
-            self[name] = StackedMLP([mlps[index] for index in members])
+        super().__init__(mlps, shapes)
         order = [index for members in self.members.values() for index in members]
-        self.place = [order.index(index) for index in range(count)]
-        self.layout = str(self.members)
+        place = torch.tensor([order.index(index) for index in range(count)])
+        self.register_buffer("place", place, persistent=False)
         self.width: int = mlps[0].width
 
     def forward(
         self, features: Float[Tensor, "batch *experts inputs"]
     ) -> Float[Tensor, "batch experts width"]:
         """What each expert makes of its input."""
-        if len(self) == 1:
-            (stack,) = self.values()
-            return stack(features)
-        parts = [
-            stack(features if features.ndim == 2 else features[:, self.members[name]])
-            for name, stack in self.items()
-        ]
-        return torch.cat(parts, 1)[:, self.place]
+        parts = self.parts(features)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, 1).index_select(1, self.place)
 
 
 # Chapter 'MMoE', section 'Gates'
@@ -290,6 +174,7 @@ class Gates(nn.Module):
     Source: Ma et al. (2018), MMoE, equation 7; dropout: Zhao et al. (2019).
     """
 
+    reads: Tensor
     place: Tensor
     weight: Tensor
     bias: Tensor | None
@@ -322,6 +207,7 @@ class Gates(nn.Module):
         self.counts = [len(sees[k]) for k in choosing]
         place = places(sees, choosing, experts)
         self.in_place = place == list(range(sum(self.counts)))
+        self.register_buffer("reads", torch.tensor(choosing).long(), persistent=False)
         self.register_buffer("place", torch.tensor(place), persistent=False)
         mlps = [MLP(inputs, units, bias=bias, **options) for _ in choosing]
         self.hidden = StackedMLP(mlps) if mlps and units else nn.Sequential()
@@ -339,7 +225,9 @@ class Gates(nn.Module):
     ) -> Float[Tensor, "batch links"]:
         """The logit of each link of a learned gate to an expert."""
         every = features.ndim == 2 or len(self.learned) == self.shape[0]
-        hidden = self.hidden(features if every else features[:, self.learned])
+        hidden = self.hidden(
+            features if every else features.index_select(1, self.reads)
+        )
         if hidden.ndim == 2:
             return F.linear(hidden, self.weight, self.bias)
         weights = self.weight.split(self.counts)

@@ -5,7 +5,6 @@ Chapter: book/shared_bottom.md
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from itertools import pairwise
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mtl_annotated.features import Encoder
-from mtl_annotated.tasks import Task, check_tasks
+from mtl_annotated.tasks import Task, check_tasks, output_slices
 from mtl_annotated.training import Ranker
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -98,8 +98,8 @@ def initialize(
 ) -> None:
     """Draw one layer's start in place, by one of the names in `INITIALIZERS`.
 
-    The bias is `nn.Linear`'s own under "default", and zero otherwise. Experts that
-    are stacked in one tensor want a call each: the scale follows from one matrix.
+    The bias is `nn.Linear`'s own under "default", and zero otherwise. The scale
+    follows from one matrix, so layers side by side are drawn one at a time.
 
     Raises: ValueError for an unknown name.
 
@@ -165,18 +165,158 @@ class MLP(nn.Sequential):
         self.width: int = widths[-1]
 
 
+# Chapter 'Shared bottom', section 'Linear layers side by side'
+class StackedLinear(nn.Module):
+    """Linear layers of one shape side by side, computed as one product.
+
+    `[batch, inputs]`, which every copy reads, or `[batch, copies, inputs]`, where
+    each reads its own slice, to `[batch, copies, units]`. `weight` is
+    `[copies, units, inputs]`, `bias` is `[copies, units]` or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([x.weight.detach() for x in layers]))
+        biases = [x.bias.detach() for x in layers if x.bias is not None]
+        self.bias = nn.Parameter(torch.stack(biases)) if biases else None
+
+    def forward(
+        self, features: Float[Tensor, "batch *copies inputs"]
+    ) -> Float[Tensor, "batch copies units"]:
+        """All copies at once."""
+        if features.ndim == 3:
+            return self.each(features)
+        bias = None if self.bias is None else self.bias.flatten()
+        found = F.linear(features, self.weight.flatten(0, 1), bias)
+        return found.unflatten(1, self.weight.shape[:2])
+
+    def each(
+        self, features: Float[Tensor, "batch copies inputs"]
+    ) -> Float[Tensor, "batch copies units"]:
+        """Each copy on its own slice."""
+        if self.weight.shape[0] == 1:
+            bias = None if self.bias is None else self.bias[0]
+            return F.linear(features, self.weight[0], bias)
+        own, weight = features.transpose(0, 1), self.weight.transpose(1, 2)
+        if self.bias is None:
+            return torch.bmm(own, weight).transpose(0, 1)
+        return torch.baddbmm(self.bias.unsqueeze(1), own, weight).transpose(0, 1)
+
+    def extra_repr(self) -> str:
+        copies, units, inputs = self.weight.shape
+        return f"{copies} x ({inputs} -> {units}), bias={self.bias is not None}"
+
+
+# Chapter 'Shared bottom', section 'Whole MLPs side by side'
+class StackedBatchNorm(nn.BatchNorm1d):
+    """Batch normalization of `[batch, copies, units]`, each unit of each copy alone."""
+
+    def __init__(self, layers: Sequence[nn.BatchNorm1d]) -> None:
+        units = sum(layer.num_features for layer in layers)
+        super().__init__(units, dtype=layers[0].weight.dtype)
+        states = [layer.state_dict() for layer in layers]
+        joined = {
+            name: torch.cat([state[name] for state in states]) if value.ndim else value
+            for name, value in states[0].items()
+        }
+        self.load_state_dict(joined)
+
+    def forward(
+        self, features: Float[Tensor, "batch copies units"]
+    ) -> Float[Tensor, "batch copies units"]:
+        """The normalized features."""
+        return super().forward(features.flatten(1)).unflatten(1, features.shape[1:])
+
+
+# Chapter 'Shared bottom', section 'Whole MLPs side by side'
+class StackedLayerNorm(nn.Module):
+    """Layer normalization of `[batch, copies, units]`, each copy over its units."""
+
+    def __init__(self, layers: Sequence[nn.LayerNorm]) -> None:
+        super().__init__()
+        self.shape = (len(layers), *layers[0].normalized_shape)
+        self.weight = nn.Parameter(torch.cat([x.weight.detach() for x in layers]))
+        self.bias = nn.Parameter(torch.cat([x.bias.detach() for x in layers]))
+
+    def forward(
+        self, features: Float[Tensor, "batch copies units"]
+    ) -> Float[Tensor, "batch copies units"]:
+        """The normalized features."""
+        normal = F.layer_norm(features, features.shape[-1:]).flatten(1)
+        return torch.addcmul(self.bias, normal, self.weight).unflatten(1, self.shape)
+
+
+# Chapter 'Shared bottom', section 'Whole MLPs side by side'
+def stacked(layers: Sequence[Any]) -> nn.Module:
+    """The same layer of several MLPs as one module that computes them all.
+
+    Activations and dropout work on each number by itself and need no twin.
+    """
+    if isinstance(layers[0], nn.Linear):
+        return StackedLinear(layers)
+    if isinstance(layers[0], nn.BatchNorm1d):
+        return StackedBatchNorm(layers)
+    if isinstance(layers[0], nn.LayerNorm):
+        return StackedLayerNorm(layers)
+    return layers[0]
+
+
+# Chapter 'Shared bottom', section 'Whole MLPs side by side'
+class StackedMLP(nn.Sequential):
+    """MLPs of one shape and of the same options: one product a layer for all.
+
+    `[batch, inputs]` or `[batch, copies, inputs]` to `[batch, copies, width]`. It
+    takes over the weights that the `mlps` have and shares no storage with them.
+    """
+
+    def __init__(self, mlps: Sequence[nn.Sequential]) -> None:
+        super().__init__(*map(stacked, zip(*mlps, strict=True)))
+
+
+# Chapter 'Shared bottom', section 'Whole MLPs side by side'
+class Stacks(nn.ModuleDict):
+    """MLPs side by side, each shape's in a stack of its own.
+
+    `shapes` has the layer widths of each of the `mlps`, which name its stack.
+    """
+
+    def __init__(
+        self, mlps: Sequence[nn.Sequential], shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        super().__init__()
+        self.members: dict[str, list[int]] = {}
+        for index, shape in enumerate(shapes):
+            self.members.setdefault("x".join(map(str, shape)), []).append(index)
+        for name, members in self.members.items():
+            self[name] = StackedMLP([mlps[index] for index in members])
+        self.layout = str(self.members)
+
+    def parts(
+        self, features: Float[Tensor, "batch *mlps inputs"]
+    ) -> list[Float[Tensor, "batch members width"]]:
+        """What each stack makes of its input, in the order of the stacks."""
+        if features.ndim == 2 or len(self) == 1:
+            return [stack(features) for stack in self.values()]
+        slices, members = features.unbind(1), self.members.values()
+        own = [torch.stack([slices[k] for k in each], 1) for each in members]
+        return [stack(each) for stack, each in zip(self.values(), own, strict=True)]
+
+
 # Chapter 'Shared bottom', section 'Towers'
-class Towers(nn.ModuleDict):
+class Towers(Stacks):
     """One tower a task: hidden layers, then a linear layer to the task's logits.
 
-    `units` are the hidden widths, the same for every task, or a mapping from the
-    task's name to its widths. `bias` and `initializer` hold for the hidden layers
-    and the last one; the other `options` go to every tower's `MLP`.
+    Towers of one shape are computed together. `units` are the hidden widths, the
+    same for every task, or a mapping from the task's name to its widths. `bias` and
+    `initializer` hold for the hidden layers and the last one; the other `options`
+    go to every tower's `MLP`.
 
-    Raises:
-        ValueError: `units` names other tasks than `tasks`, or a task's name cannot
-            name a module.
+    Raises: ValueError where `units` names other tasks than `tasks`.
     """
+
+    place: Tensor
 
     def __init__(
         self,
@@ -188,25 +328,31 @@ class Towers(nn.ModuleDict):
         initializer: str = "default",
         **options,
     ) -> None:
-        super().__init__()
+        towers, shapes = [], []
+        linear = partial(linear_layer, bias=bias, initializer=initializer)
         for task in check_tasks(tasks):
-            if hasattr(self, task.name):
-                raise ValueError(
-                    f"task {task.name!r}: PyTorch modules reserve this name"
-                )
             own = tower_units(units, task.name, tasks)
             mlp = MLP(inputs, own, bias=bias, initializer=initializer, **options)
-            output = linear_layer(
-                mlp.width, task.width, bias=bias, initializer=initializer
-            )
-            self[task.name] = nn.Sequential(OrderedDict(hidden=mlp, output=output))
+            towers.append(nn.Sequential(*mlp, linear(mlp.width, task.width)))
+            shapes.append((*own, task.width))
+        super().__init__(towers, shapes)
+        place = torch.tensor(self.places(tasks))
+        self.register_buffer("place", place, persistent=False)
+
+    def places(self, tasks: Sequence[Task]) -> list[int]:
+        """For each logit, in the order of the tasks, its place among those of the stacks."""
+        wanted = [range(part.start, part.stop) for part in output_slices(tasks)]
+        order = [at for own in self.members.values() for k in own for at in wanted[k]]
+        return [order.index(at) for at in range(len(order))]
 
     def forward(
         self, features: Float[Tensor, "batch tasks units"]
     ) -> Float[Tensor, "batch outputs"]:
         """Logits, in the order of the tasks."""
-        slices = zip(self.values(), features.unbind(1), strict=True)
-        return torch.cat([tower(own) for tower, own in slices], dim=1)
+        parts = [part.flatten(1) for part in self.parts(features)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, 1).index_select(1, self.place)
 
 
 # Chapter 'Shared bottom', section 'Towers'

@@ -11,7 +11,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -30,6 +30,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from mtl_annotated.big_tables import (
+    BIG_TABLE,
+    big_widths,
+    by_row,
+    clip_norm_,
+    row_optimizer,
+)
 from mtl_annotated.features import Batch, Encoder, FeatureEmbedding, naming
 from mtl_annotated.tasks import (
     METRICS,
@@ -160,14 +167,14 @@ class Ranker(nn.Module):
 
 # Chapter 'Training', section 'The smallest model'
 def layouts(model: Ranker) -> str:
-    """The layout of each part that has one, and the order of the tasks for them."""
+    """The order of the tasks, and the layout of each part that has one."""
     parts = [
-        f"{name}: {part.layout}"
+        f"{name or 'model'}: {part.layout}"
         for name, part in model.named_modules()
         if hasattr(part, "layout")
     ]
     order = "tasks: " + ", ".join(task.name for task in model.tasks)
-    return "; ".join([order, *parts]) if parts else ""
+    return "; ".join([order, *parts])
 
 
 BLOCK = 64
@@ -314,7 +321,13 @@ def placed(model: Ranker, device: torch.device | str | None) -> Ranker:
     return model.to(device)
 
 
-SCORING_ROWS = 8192
+SCORING_ROWS, CACHED_ROWS = 8192, 1024
+
+
+# Chapter 'Training', section 'Predict and evaluate'
+def scoring_slices(rows: Batch, size: int, device: torch.device) -> Iterator[Batch]:
+    """At most `size` rows at a time, on a CPU at most `CACHED_ROWS`."""
+    return slices(rows, min(size, CACHED_ROWS) if device.type == "cpu" else size)
 
 
 # Chapter 'Training', section 'Predict and evaluate'
@@ -343,7 +356,8 @@ def predict(
 
     The rows keep the batch's order and get the `index`, such as `table.index`,
     or are numbered from 0. All columns are float64, whatever the model's type.
-    `device` moves the model there, as `model.to(device)` does.
+    `device` moves the model there, as `model.to(device)` does. `batch_size` is the
+    most rows that are scored at once; on a CPU there are never more than 1,024.
     Raises: TypeError, ValueError for what is no model, no batch, no size or no
     device, and for an index of another length.
     """
@@ -355,10 +369,11 @@ def predict(
             f"index: expected {len(batch)} values, one for each row, found {len(index)}"
         )
     place = home(placed(model, device))
+    parts = scoring_slices(batch, batch_size, place[0])
     with scoring(model):
         found = [
             double_predictions(model, part, model(part))
-            for part in (each.to(*place) for each in slices(batch, batch_size))
+            for part in (each.to(*place) for each in parts)
         ]
     return pd.DataFrame(np.concatenate(found), index=index, columns=list(model.outputs))
 
@@ -458,12 +473,20 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 # Chapter 'Training', section 'Settings'
 def named_optimizer(
-    name: str, groups: list[dict[str, Any]], **options: Any
+    name: str,
+    groups: list[dict[str, Any]],
+    tables: Collection[Tensor] = (),
+    **options: Any,
 ) -> Optimizer:
-    """An optimizer by its name, with the fused step where torch has one."""
+    """An optimizer by its name; all but Adagrad take the fused step.
+
+    The `tables` get sparse gradients and are updated by row.
+    """
     here = {each.device.type for group in groups for each in group["params"]}
     if name != "adagrad" and here <= {"cpu", "cuda"}:
         options["fused"] = True
+    if tables:
+        return row_optimizer(name, groups, tables, **options)
     return OPTIMIZERS[name](groups, **options)
 
 
@@ -487,13 +510,14 @@ class Settings:
     metrics: tuple[str, ...] | None = None
     clip_norm: float | None = None
     precision: str | None = None
+    big_table: int | None = BIG_TABLE
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_settings(self)
 
 
-WHOLE = ("epochs", "batch_size", "patience", "seed")
+WHOLE = ("epochs", "batch_size", "patience", "big_table", "seed")
 DECAYS = ("weight_decay", "embedding_decay")
 NUMBERS = (*WHOLE, *DECAYS, "learning_rate", "clip_norm")
 
@@ -503,9 +527,9 @@ def check_settings(settings: Settings) -> None:
     """Refuse sizes and rates that cannot be, and words that mean nothing."""
     for name in NUMBERS:
         value, whole = getattr(settings, name), name in WHOLE
-        if value is None and name in ("patience", "clip_norm"):
+        if value is None and name in ("patience", "clip_norm", "big_table"):
             continue
-        zero = name in (*DECAYS, "seed")
+        zero = name in (*DECAYS, "big_table", "seed")
         check_number(name, value, whole=whole, zero=zero)
         object.__setattr__(settings, name, (int if whole else float)(value))
     one_of("schedule", settings.schedule, ("epoch", "batch"))
@@ -540,11 +564,24 @@ def decay_groups(model: Ranker, settings: Settings) -> list[dict[str, Any]]:
 
 
 # Chapter 'Training', section 'Settings'
+def row_widths(model: Ranker, settings: Settings) -> frozenset[int]:
+    """The widths whose tables are updated by row.
+
+    A callable knows best what its optimizer can do; with one they are those that
+    the embedding names already.
+    """
+    if isinstance(settings.optimizer, str):
+        return big_widths(model.embedding, settings.big_table)
+    return model.embedding.by_row
+
+
+# Chapter 'Training', section 'Settings'
 def build_optimizer(model: Ranker, settings: Settings) -> Optimizer:
     """The optimizer of the parameters that want a gradient.
 
     Raises: ValueError, TypeError for no parameters, and where a callable is
-    combined with a learning rate or a decay, or returns something else.
+    combined with a learning rate, a decay or a `big_table`, or returns something
+    else.
     """
     groups = decay_groups(model, settings)
     if not groups:
@@ -553,12 +590,17 @@ def build_optimizer(model: Ranker, settings: Settings) -> Optimizer:
             " frozen; see requires_grad_"
         )
     if isinstance(settings.optimizer, str):
-        return named_optimizer(settings.optimizer, groups, lr=settings.learning_rate)
-    for name in ("learning_rate", *DECAYS):
+        widths = row_widths(model, settings)
+        tables = [model.embedding.weights[str(width)] for width in widths]
+        rate = settings.learning_rate
+        return named_optimizer(settings.optimizer, groups, tables, lr=rate)
+    for name in ("learning_rate", "big_table", *DECAYS):
         if getattr(settings, name) != getattr(Settings, name):
+            instead = "set it inside your callable"
+            if name == "big_table":
+                instead = "name the widths in model.embedding.by_row"
             raise ValueError(
-                f"{name} belongs to an optimizer chosen by name; set it inside"
-                " your callable"
+                f"{name} belongs to an optimizer chosen by name; {instead}"
             )
     (group,) = groups
     optimizer = settings.optimizer(group["params"])
@@ -713,7 +755,9 @@ class Run:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, settings)
         self.scheduler = build_scheduler(self.optimizer, settings)
+        self.by_row = row_widths(model, settings)
         self.facts = settings_facts(settings, self.optimizer, self.scheduler)
+        self.facts["widths updated by row"] = str(sorted(self.by_row))
         self.monitor = self.named_monitor()
         self.epoch, self.rate, self.start = 0, nan, ""
         self.records: list[dict[Any, Any]] = []
@@ -736,7 +780,7 @@ class Run:
             parameter.grad = None
         joint.backward()
         if self.settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            clip_norm_(self.parameters, self.settings.clip_norm)
         self.optimizer.step()
         if self.scheduler is not None and self.settings.schedule == "batch":
             self.scheduler.step()
@@ -750,7 +794,7 @@ class Run:
         self.rate = float(self.optimizer.param_groups[0]["lr"])
         losses = []
         train_mode(self.model, self.frozen)
-        with seeded(self.device, noise):
+        with by_row(self.model.embedding, self.by_row), seeded(self.device, noise):
             for batch in batches(rows, order, size):
                 losses.append(self.step(batch))
                 progress.step(losses[-1])
@@ -785,9 +829,8 @@ class Run:
         """A set of rows as the model sees it now: joint loss, losses, metrics."""
         rows, names = self.rows[name], list(self.metrics(name))
         with scoring(self.model):
-            logits = torch.cat(
-                [self.model(part) for part in slices(rows, SCORING_ROWS)]
-            )
+            parts = scoring_slices(rows, SCORING_ROWS, self.device)
+            logits = torch.cat([self.model(part) for part in parts])
             losses = self.model.losses(rows, logits)
             joint = float(self.model.joint(losses))
             predicted = double_predictions(self.model, rows, logits)
@@ -1080,7 +1123,6 @@ def model_facts(model: Ranker) -> dict[str, str]:
     """Class, tasks, modules and parameters of a model, in words to compare."""
     found = {"model class": type(model).__qualname__}
     found["encoder"] = model.embedding.encoder
-    found["order of tasks"] = ", ".join(task.name for task in model.tasks)
     found["layout"] = layouts(model)
     found |= {f"task {task.name}": plain_text(task) for task in model.tasks}
     for name, module in model.named_modules():
@@ -1271,6 +1313,7 @@ def fit(
     groups: Mapping[str, Any] | None = None,
     clip_norm: float | None = None,
     precision: str | None = None,
+    big_table: int | None = BIG_TABLE,
     device: torch.device | str | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -1295,8 +1338,8 @@ def fit(
         weight_decay: of the networks' matrices, not of their biases, as torch's
             optimizer of that name understands it: with "adam" and "sgd" the L2
             penalty weight_decay / 2 times the sum of squares.
-        embedding_decay: the same for the embedding's tables, all their rows at
-            every step.
+        embedding_decay: the same for the embedding's tables: all rows at every
+            step, or of a big table those that the batch reads.
         scheduler: a callable from the optimizer to a scheduler.
         schedule: whether that is stepped after each "epoch" or each "batch".
         monitor: what says which epoch is best on the validation rows: "loss"
@@ -1309,6 +1352,9 @@ def fit(
             each of its rows, for `grouped_auc`.
         clip_norm: largest norm of the gradient of all parameters together.
         precision: "bf16" computes the forward pass in bfloat16.
+        big_table: with an optimizer by name, tables packed into more rows than
+            this are updated by row, only those rows that a batch reads; None for
+            never. See `mtl_annotated.big_tables`.
         device: moves the model there first; else it is trained where it is.
         seed: decides shuffles and noise, not the weights to start from.
         checkpoint: a file, written after each epoch, resumed from if it exists.
@@ -1341,6 +1387,7 @@ def fit(
         metrics=None if names is None else tuple(names),
         clip_norm=clip_norm,
         precision=precision,
+        big_table=big_table,
         seed=seed,
     )
     path = checkpoint_path(checkpoint)

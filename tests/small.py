@@ -33,6 +33,40 @@ def encoded(tasks, count=5):
     return encoder, encoder.transform(rows(count, seed=1)).to(dtype=torch.float64)
 
 
+def by_task(model, tensors=None):
+    """Tensors by name, by default those of the state, with the towers task by task.
+
+    What is stacked for all towers of one shape becomes `towers.<task>.hidden.<layer>`
+    and, from the stack's last layer, `towers.<task>.output`.
+    """
+    if tensors is None:
+        state = model.state_dict().items()
+        tensors = {n: value for n, value in state if isinstance(value, torch.Tensor)}
+    tasks = getattr(model, "funnel", model.tasks)
+    found = {}
+    for name, value in tensors.items():
+        if not name.startswith("towers."):
+            found[name] = value
+            continue
+        _, shape, layer, kind = name.split(".")
+        members = model.towers.members[shape]
+        last = int(layer) == len(model.towers[shape]) - 1
+        place = "output" if last else f"hidden.{layer}"
+        # Norms keep their copies in one row, linear layers on an axis of their own.
+        copies = value.chunk(len(members)) if value.ndim == 1 else value
+        if value.ndim == 0:
+            copies = [value] * len(members)
+        for member, copy in zip(members, copies, strict=True):
+            found[f"towers.{tasks[member].name}.{place}.{kind}"] = copy
+    return found
+
+
+def slopes_by_task(model):
+    """The gradients that there are, by name, with the towers task by task."""
+    parameters = model.named_parameters()
+    return by_task(model, {n: p.grad for n, p in parameters if p.grad is not None})
+
+
 def assert_slopes(model, batch):
     """The gradient of the loss must be its finite differences, in some places."""
     model.loss(batch).backward()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import assert_slopes
+from small import assert_slopes, by_task, slopes_by_task
 from torch.nn import functional as F
 
 import mtl_annotated.training
@@ -68,7 +68,7 @@ def labeled(click, purchase, weights=None):
 
 def numpy_logits(model, batch):
     """Two separate relu networks on one embedding, from the weights alone."""
-    state = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    state = {name: value.numpy() for name, value in by_task(model).items()}
     features = model.embedding(batch).detach().numpy()
     logits = []
     for task in ("click", "purchase"):
@@ -564,21 +564,27 @@ def test_it_takes_its_two_tasks_wherever_they_stand_among_others():
     encoder, batch = encoded(tasks)
     model = built(encoder)
     assert torch.equal(model.labels(batch)[:, 0], batch.labels[:, 3])
-    assert list(model.towers) == ["click", "purchase"]
+    assert list(model.towers) == ["5x1"]
+    assert model.towers.members == {"5x1": [0, 1]}
     swapped = built(encoder, click="purchase", conversion="click")
-    assert list(swapped.towers) == ["purchase", "click"]
+    assert torch.equal(swapped.labels(batch)[:, 0], batch.labels[:, 1])
 
 
 def test_the_default_is_two_networks_on_one_embedding():
     encoder, batch = encoded()
     model = built(encoder, tower_units=(5, 3))
     assert not list(model.trunk.parameters())
-    widths = [p.shape[0] for p in model.towers.parameters() if p.ndim == 2]
-    assert widths == [5, 3, 1] * 2
+    shapes = [list(p.shape) for p in model.towers.parameters() if p.ndim == 3]
+    width = model.embedding.width
+    assert shapes == [[2, 5, width], [2, 3, 5], [2, 1, 3]]
     model.losses(batch)[0].backward()
     assert all(p.grad.any() for p in model.embedding.parameters())
-    assert all(p.grad.any() for p in model.towers["click"].output.parameters())
-    assert not any(p.grad.any() for p in model.towers["purchase"].parameters())
+    slopes = slopes_by_task(model)
+    for task in ("click", "purchase"):
+        for place in ("hidden.0", "hidden.2", "output"):
+            for kind in ("weight", "bias"):
+                slope = slopes[f"towers.{task}.{place}.{kind}"]
+                assert slope.any() == (task == "click")
 
 
 def test_it_reads_the_logits_of_the_ranker_it_stands_on():
@@ -586,7 +592,10 @@ def test_it_reads_the_logits_of_the_ranker_it_stands_on():
     options = {"bottom_units": (7,), "tower_units": (5,), "activation": "tanh"}
     model = built(encoder, ranker=SharedBottom, **options)
     plain = SharedBottom(encoder, **options).double()
-    plain.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="laid out as .tasks: ctr, cvr, ctcvr; "):
+        plain.load_state_dict(model.state_dict())
+    layout = {"_extra_state": plain.state_dict()["_extra_state"]}
+    plain.load_state_dict(model.state_dict() | layout)
     assert torch.equal(model(batch), plain(batch))
     model.loss(batch).backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -646,6 +655,21 @@ def test_saving_and_loading_gives_equal_bits(tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     assert torch.equal(model(batch), other(batch))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"click": "purchase", "conversion": "click"}, {"click": "seen"}],
+)
+@pytest.mark.parametrize("ranker", [SharedBottom, MMoE])
+def test_weights_of_another_funnel_are_refused(ranker, other):
+    encoder, _ = encoded([*FUNNEL, Task("seen", label="click")])
+    first, second = ESMM(encoder, ranker=ranker), ESMM(encoder, ranker=ranker, **other)
+    before = [parameter.clone() for parameter in second.parameters()]
+    with pytest.raises(ValueError, match="these weights are of a model laid out as"):
+        second.load_state_dict(first.state_dict())
+    for old, parameter in zip(before, second.parameters(), strict=True):
+        assert torch.equal(old, parameter)
 
 
 def test_fit_lowers_the_joint_loss_and_reports_the_cvr():

@@ -44,6 +44,8 @@ from mtl_annotated.features import (
     Vocabulary,
     bucket,
     count_ids,
+    id_text,
+    integer_or_text,
     learn_vocabulary,
     look_up,
     pool,
@@ -351,6 +353,81 @@ def test_vocabulary_of_strings_equals_ordinal_encoder(seen, served):
         np.testing.assert_array_equal(found, expected)
 
 
+def slow_vocabulary(values, min_count=1):
+    """Integers, strings and a gap, counted one by one."""
+    counts, gaps = {}, 0
+    for value in values:
+        if pd.isna(value):
+            gaps += 1
+        else:
+            counts[id_text(value)] = counts.get(id_text(value), 0) + 1
+    kept = [integer_or_text(text) for text, n in counts.items() if n >= min_count]
+    integers = sorted(value for value in kept if isinstance(value, int))
+    strings = sorted(value for value in kept if isinstance(value, str))
+    return (*integers, *strings, *[None] * (gaps >= min_count))
+
+
+def slow_ids(values, listed):
+    """The ids by definition: the place of the text, plus 1."""
+    texts = [value if value is None else str(value) for value in listed]
+    known = {text: place + 1 for place, text in enumerate(texts)}
+    return [known.get(None if pd.isna(v) else id_text(v), 0) for v in values]
+
+
+SMALL = st.sampled_from([0, 1, -1, 7, 200])
+INT64 = st.one_of(SMALL, st.integers(-(2**63), 2**63 - 1))
+UINT64 = st.one_of(SMALL.map(abs), st.integers(0, 2**64 - 1))
+WORDS = st.one_of(st.sampled_from(["17", "017", "-1", "a", ""]), st.text(max_size=2))
+OF_TYPE = {
+    "int8": SMALL.map(lambda value: value % 100),
+    "int64": INT64,
+    "uint8": SMALL.map(abs),
+    "uint32": SMALL.map(abs),
+    "uint64": UINT64,
+    "UInt64": st.one_of(UINT64, st.none()),
+    "Int64": st.one_of(INT64, st.none()),
+    "bool": st.booleans(),
+    "boolean": st.one_of(st.booleans(), st.none()),
+    "float64": st.one_of(st.integers(-(2**53) + 1, 2**53 - 1), st.none()),
+    "str": st.one_of(WORDS, st.none()),
+    "string": st.one_of(WORDS, st.none()),
+    "object": st.one_of(WORDS, INT64, UINT64, st.booleans(), st.none()),
+}
+
+
+@st.composite
+def cells(draw):
+    dtype = draw(st.sampled_from([*OF_TYPE, "category"]))
+    kind = draw(st.sampled_from(["str", "Int64"])) if dtype == "category" else dtype
+    values = draw(st.lists(OF_TYPE[kind], max_size=9))
+    return pd.Series(values, dtype=kind).astype(dtype)
+
+
+@settings(deadline=None, max_examples=200)
+@given(cells(), cells(), st.sampled_from([1, 2]))
+def test_every_way_to_look_up_gives_the_ids_of_the_definition(seen, served, min_count):
+    vocabulary = learn_vocabulary([count_ids(seen)], min_count)
+    assert vocabulary.values == slow_vocabulary(seen.tolist(), min_count)
+    for values in (seen, served):
+        expected = slow_ids(values.tolist(), vocabulary.values)
+        assert look_up(values, vocabulary).tolist() == expected
+        hashed = [0 if pd.isna(v) else bucket(id_text(v), 7) for v in values.tolist()]
+        assert look_up(values, Buckets(7)).tolist() == hashed
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint32", "str", "object", "category"])
+def test_what_needs_conversion_is_looked_up_once_for_each_value(dtype, monkeypatch):
+    values = pd.Series([3, 1, 3, 99, 1, 3] * 10).astype(dtype)
+    vocabulary, asked = learn_vocabulary([count_ids(values[:5])]), []
+    ids = Vocabulary.ids
+    monkeypatch.setattr(
+        Vocabulary, "ids", lambda self, v: asked.append(len(v)) or ids(self, v)
+    )
+    assert look_up(values, vocabulary).tolist() == [2, 1, 2, 3, 1, 2] * 10
+    direct = dtype == "int64" or getattr(values.dtype, "storage", "") == "python"
+    assert asked == [60 if direct else 3]
+
+
 def test_min_count_leaves_rare_values_and_rare_gaps_out():
     values = pd.Series(["a", "a", "b", "b", "b", "c", None])
     counts = [count_ids(values)]
@@ -628,6 +705,17 @@ def test_sequences_in_blocks_equal_sequences_in_one(monkeypatch):
     again, parts = listed(cells, length=4)
     assert parts == whole
     assert again.vocabularies == encoder.vocabularies
+
+
+def test_a_block_of_lists_is_all_that_is_looked_up_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        features, "look_up", lambda v, table: asked.append(len(v)) or look_up(v, table)
+    )
+    monkeypatch.setattr(features, "BLOCK", 7)
+    _, ids = listed([[1, 2, 3]] * 20, length=2)
+    assert ids == [[1, 2]] * 20
+    assert asked == [14, 14, 12]
 
 
 def test_sequence_ids_equal_row_by_row_lookup():
@@ -944,6 +1032,22 @@ def test_a_column_of_nothing_but_unseen_values_is_reported_once(plain, encoder, 
         encoder.transform(lists)
     with pytest.warns(UserWarning, match="column 'user'"):
         encoder.fit(rows).transform(strange)
+
+
+@pytest.mark.parametrize("known", [0, 4, 5, 12, None])
+def test_one_known_value_in_any_block_is_enough(known, monkeypatch):
+    monkeypatch.setattr(features, "BLOCK", 5)
+    training = pd.DataFrame({"user": ["ana", None], "list": [["ana"], [None]]})
+    encoder = Encoder([Sparse("user"), Sequence("list", length=2)], [CLICK])
+    encoder.fit(training)
+    users = [None if row % 3 else f"new {row}" for row in range(13)]
+    if known is not None:
+        users[known] = "ana"
+    rows = pd.DataFrame({"user": users, "list": [[user, "x"] for user in users]})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        encoder.transform(rows)
+    assert len(caught) == (2 if known is None else 0)
 
 
 def test_encoders_and_batches_are_printed_in_short(encoder, columns, rows):
@@ -1586,12 +1690,31 @@ def test_the_backward_pass_fills_nothing_with_zeros():
     with torch.profiler.profile() as profile:
         embedding(batch).sum().backward()
     names = {event.key for event in profile.key_averages()}
-    assert "aten::embedding" in names
-    assert not names & {"aten::slice_backward", "aten::split"}
+    assert "aten::index_select" in names
+    slow = {"aten::embedding_dense_backward", "aten::slice_backward", "aten::split"}
+    assert not names & slow
     assert embedding.in_order
     reordered = [Sparse("a", width=3), Sparse("b"), Sparse("c", width=3)]
     rows["c"] = rows["a"]
     assert not FeatureEmbedding(Encoder(reordered, [CLICK]).fit(rows)).in_order
+
+
+def test_a_width_by_row_gets_a_sparse_gradient_with_the_dense_one_s_numbers(
+    encoder, rows
+):
+    embedding, batch = FeatureEmbedding(encoder).double(), encoder.transform(rows)
+    batch = batch.to(dtype=torch.float64)
+    scale = torch.linspace(-1, 1, embedding.width, dtype=torch.float64)
+    (embedding(batch) * scale).sum().backward()
+    dense = {name: weight.grad for name, weight in embedding.weights.items()}
+    embedding.zero_grad()
+    embedding.by_row = frozenset(map(int, dense))
+    (embedding(batch) * scale).sum().backward()
+    for name, weight in embedding.weights.items():
+        assert weight.grad.is_sparse
+        assert dense[name].any()
+        found = weight.grad.to_dense()
+        torch.testing.assert_close(found, dense[name], rtol=0, atol=1e-12)
 
 
 def test_models_of_one_encoder_share_nothing(encoder, rows):

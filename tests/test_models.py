@@ -244,7 +244,20 @@ def test_no_input_is_changed(name):
         torch.testing.assert_close(new, old, rtol=0, atol=0, equal_nan=True)
 
 
+TOWERS = {
+    "towers.3x1.0.weight": (2, 3, 4),
+    "towers.3x1.0.bias": (2, 3),
+    "towers.3x1.2.weight": (2, 1, 3),
+    "towers.3x1.2.bias": (2, 1),
+}
 NAMES = {
+    "SharedBottom": {
+        "trunk.bottom.0.weight": (8, 4),
+        "trunk.bottom.0.bias": (8,),
+        "trunk.bottom.2.weight": (4, 8),
+        "trunk.bottom.2.bias": (4,),
+    },
+    "ESMM": {},
     "MMoE": {
         "trunk.experts.8x4.0.weight": (3, 8, 4),
         "trunk.experts.8x4.0.bias": (3, 8),
@@ -280,9 +293,9 @@ def test_names_and_shapes_of_saved_weights_stay(name):
     found = {
         key: tuple(value.shape)
         for key, value in model.state_dict().items()
-        if key.startswith("trunk")
+        if key.startswith("t")
     }
-    assert found == NAMES[name]
+    assert found == NAMES[name] | TOWERS
 
 
 ELSEWHERE = [

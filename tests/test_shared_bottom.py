@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import BINARY, assert_slopes, encoded
+from small import BINARY, assert_slopes, by_task, encoded, rows, slopes_by_task
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl_annotated.shared_bottom import (
     ACTIVATIONS,
@@ -20,15 +23,23 @@ from mtl_annotated.shared_bottom import (
     NORMALIZATIONS,
     SharedBottom,
     SharedBottomLayer,
+    StackedLinear,
+    StackedMLP,
+    Stacks,
     Towers,
     initialize,
 )
 from mtl_annotated.tasks import Task
+from mtl_annotated.training import fit, layouts, predict
+
+
+def near(first, second):
+    return torch.allclose(first, second, rtol=0, atol=1e-12)
 
 
 def numpy_logits(model, batch):
     """Relu layers, then towers, from the weights alone: Caruana's network."""
-    state = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    state = {name: value.numpy() for name, value in by_task(model).items()}
 
     def stack(x, prefix):
         for layer in itertools.count():
@@ -101,9 +112,12 @@ def test_the_order_of_the_tasks_is_the_order_of_the_outputs():
     model = SharedBottom(encoder, tasks=names, bottom_units=(5,)).double()
     assert [task.name for task in model.tasks] == names
     assert list(model.outputs) == names
-    assert list(model.towers) == names
     swapped = SharedBottom(encoder, tasks=names[::-1], bottom_units=(5,)).double()
-    swapped.load_state_dict(model.state_dict())
+    state = model.state_dict()
+    for name in (n for n in state if n.startswith("towers")):
+        state[name] = state[name].flip(0)
+    state["_extra_state"] = swapped.state_dict()["_extra_state"]
+    swapped.load_state_dict(state)
     assert torch.equal(swapped(batch), model(batch).flip(1))
     assert torch.allclose(swapped.loss(batch), model.loss(batch))
 
@@ -112,15 +126,16 @@ def test_a_missing_label_changes_nothing_for_the_other_task():
     encoder, batch = encoded(BINARY, count=7)
     model = SharedBottom(encoder, bottom_units=(5,), tower_units=(3,)).double()
     model.losses(batch)[0].backward()
-    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    expected = slopes_by_task(model)
     batch.labels[:, 1] = torch.nan
     model.zero_grad()
     model.loss(batch).backward()
-    for name, parameter in model.named_parameters():
+    found = slopes_by_task(model)
+    assert found.keys() == by_task(model).keys()
+    for name, slope in found.items():
+        assert torch.equal(slope, expected[name]), name
         if name.startswith("towers.purchase"):
-            assert not parameter.grad.any()
-        else:
-            assert torch.equal(parameter.grad, expected[name]), name
+            assert not slope.any(), name
 
 
 def test_two_models_from_one_encoder_share_no_storage():
@@ -143,17 +158,13 @@ def test_parameter_names_are_readable():
     names = list(
         SharedBottom(encoder, bottom_units=(5,), tower_units=(3,)).state_dict()
     )
-    assert names[-10:] == [
+    assert names[-6:] == [
         "trunk.bottom.0.weight",
         "trunk.bottom.0.bias",
-        "towers.click.hidden.0.weight",
-        "towers.click.hidden.0.bias",
-        "towers.click.output.weight",
-        "towers.click.output.bias",
-        "towers.purchase.hidden.0.weight",
-        "towers.purchase.hidden.0.bias",
-        "towers.purchase.output.weight",
-        "towers.purchase.output.bias",
+        "towers.3x1.0.weight",
+        "towers.3x1.0.bias",
+        "towers.3x1.2.weight",
+        "towers.3x1.2.bias",
     ]
 
 
@@ -161,8 +172,17 @@ def test_towers_of_mixed_kinds_and_sizes():
     tasks = [Task("click"), Task("stars", "multiclass", classes=3)]
     towers = Towers(11, tasks, {"click": (5, 2), "stars": ()})
     assert towers(torch.zeros(5, 2, 11)).shape == (5, 4)
-    assert towers["click"].hidden.width == 2
-    assert towers["stars"].output.in_features == 11
+    shapes = {name: list(value.shape) for name, value in towers.state_dict().items()}
+    assert shapes == {
+        "5x2x1.0.weight": [1, 5, 11],
+        "5x2x1.0.bias": [1, 5],
+        "5x2x1.2.weight": [1, 2, 5],
+        "5x2x1.2.bias": [1, 2],
+        "5x2x1.4.weight": [1, 1, 2],
+        "5x2x1.4.bias": [1, 1],
+        "3.0.weight": [1, 3, 11],
+        "3.0.bias": [1, 3],
+    }
 
 
 def test_each_tower_reads_its_own_slice():
@@ -200,6 +220,343 @@ def test_every_activation_and_normalization_runs(activation, normalization):
 
 def test_without_bias_there_is_none():
     assert all("bias" not in name for name in MLP(7, (5, 3), bias=False).state_dict())
+
+
+# Linear layers and MLPs side by side.
+
+
+def test_stacking_copies_the_weights():
+    mlps = [MLP(7, (5, 3)) for _ in range(2)]
+    stack = StackedMLP(mlps)
+    owned = {p.data_ptr() for mlp in mlps for p in mlp.parameters()}
+    assert owned.isdisjoint(p.data_ptr() for p in stack.parameters())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_stacked_mlps_equal_the_mlps_apart(activation, normalization, bias):
+    options = {"activation": activation, "normalization": normalization, "bias": bias}
+    mlps = [MLP(7, (5, 3), **options).double() for _ in range(3)]
+    stack, x = StackedMLP(mlps).double(), torch.randn(4, 7).double()
+    own = torch.randn(4, 3, 7).double()
+    for training in (True, False):
+        for module in (stack, *mlps):
+            module.train(training)
+        apart = torch.stack([mlp(x) for mlp in mlps], 1)
+        assert near(stack(x), apart)
+        apart = torch.stack([mlp(own[:, i]) for i, mlp in enumerate(mlps)], 1)
+        assert near(stack(own), apart)
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
+def test_a_stack_takes_over_trained_mlps_and_trains_like_them(normalization):
+    torch.manual_seed(0)
+    x = torch.randn(64, 7, dtype=torch.float64)
+    mlps = [MLP(7, (5, 3), normalization=normalization).double() for _ in range(4)]
+    optimizer = torch.optim.SGD([p for mlp in mlps for p in mlp.parameters()], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(mlp(x).square().mean() for mlp in mlps).backward()
+        optimizer.step()
+    stack = StackedMLP(mlps).double()
+    for training in (True, False):
+        stack.train(training)
+        apart = torch.stack([mlp.train(training)(x) for mlp in mlps], 1)
+        torch.testing.assert_close(stack(x), apart, rtol=0, atol=1e-12)
+    for decayed in ("weight", "bias"):
+        shapes = [p.ndim for name, p in stack.named_parameters() if decayed in name]
+        assert shapes.count(3) == (2 if decayed == "weight" else 0)
+
+
+def test_mlps_of_another_depth_do_not_stack():
+    with pytest.raises(ValueError, match="zip"):
+        StackedMLP([MLP(7, (5,)), MLP(7, (5, 5))])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_copy_gives_the_bits_of_the_layer_itself(bias):
+    layer = nn.Linear(7, 5, bias=bias)
+    stack, x = StackedLinear([layer]), torch.randn(11, 7)
+    assert torch.equal(stack(x)[:, 0], layer(x))
+    assert torch.equal(stack(x[:, None])[:, 0], layer(x))
+
+
+def test_a_stacked_layer_says_what_it_holds():
+    stack = StackedLinear([nn.Linear(7, 5) for _ in range(3)])
+    assert repr(stack) == "StackedLinear(3 x (7 -> 5), bias=True)"
+
+
+shapes_of_mlps = st.lists(
+    st.lists(st.integers(1, 4), min_size=1, max_size=2).map(tuple),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes_of_mlps, st.integers(1, 4))
+def test_stacks_keep_each_mlp_in_the_stack_of_its_shape(shapes, count):
+    mlps = [MLP(7, shape, activation="tanh").double() for shape in shapes]
+    stacks = Stacks(mlps, shapes)
+    order = list(dict.fromkeys(shapes))
+    assert list(stacks) == ["x".join(map(str, shape)) for shape in order]
+    assert list(stacks.members.values()) == [
+        [k for k, shape in enumerate(shapes) if shape == own] for own in order
+    ]
+    x = torch.randn(count, 7, dtype=torch.float64)
+    own = torch.randn(count, len(shapes), 7, dtype=torch.float64)
+    for features in (x, own):
+        parts = stacks.parts(features)
+        for part, members in zip(parts, stacks.members.values(), strict=True):
+            mine = [x if features is x else own[:, k] for k in members]
+            pairs = zip(members, mine, strict=True)
+            assert near(part, torch.stack([mlps[k](each) for k, each in pairs], 1))
+
+
+def test_the_layout_tells_which_mlp_stands_where():
+    def layout(*shapes):
+        return Stacks([MLP(7, shape) for shape in shapes], shapes).layout
+
+    assert layout((5,), (3,), (5,)) == "{'5': [0, 2], '3': [1]}"
+    assert layout((5,), (5,), (3,)) != layout((5,), (3,), (5,))
+    assert layout((5,), (3,)) != layout((3,), (5,))
+
+
+# Towers side by side.
+
+KINDS = st.sampled_from(["binary", "regression", "multiclass"])
+TOWERS = st.lists(
+    st.tuples(KINDS, st.integers(2, 3), st.lists(st.integers(1, 3), max_size=2)),
+    min_size=1,
+    max_size=6,
+)
+
+
+def drawn_tasks(drawn):
+    return [
+        Task(f"t{k}", kind, classes=classes if kind == "multiclass" else None)
+        for k, (kind, classes, _) in enumerate(drawn)
+    ]
+
+
+def loop(inputs, tasks, units, *, bias=True, **options):
+    """The towers one by one, drawn in the order of the tasks."""
+    found = []
+    for task in tasks:
+        mlp = MLP(inputs, units[task.name], bias=bias, **options)
+        found.append(nn.Sequential(mlp, nn.Linear(mlp.width, task.width, bias=bias)))
+    return nn.ModuleList(found).double()
+
+
+def looped(towers, features):
+    outputs = [tower(features[:, k]) for k, tower in enumerate(towers)]
+    return torch.cat(outputs, 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(TOWERS, st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_towers_of_any_shapes_are_the_loop_over_them(drawn, count, bias, seed):
+    tasks = drawn_tasks(drawn)
+    units = {task.name: own for task, (_, _, own) in zip(tasks, drawn, strict=True)}
+    options = {"activation": "tanh", "bias": bias}
+    torch.manual_seed(seed)
+    towers = Towers(5, tasks, units, **options).double()
+    torch.manual_seed(seed)
+    apart = loop(5, tasks, units, **options)
+    features = torch.randn(count, len(tasks), 5, dtype=torch.float64)
+    features.requires_grad_()
+    found, expected = towers(features), looped(apart, features)
+    assert found.shape == (count, sum(task.width for task in tasks))
+    assert near(found, expected)
+    # Unequal weights, so that a logit in another's place changes the slopes as well.
+    pull = torch.arange(1.0, found.shape[1] + 1, dtype=torch.float64)
+    slopes = [
+        torch.autograd.grad((logits.tanh() * pull).sum(), features)[0]
+        for logits in (found, expected)
+    ]
+    assert near(*slopes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(TOWERS, st.data())
+def test_a_task_reaches_its_own_slice_and_its_own_tower_and_no_other(drawn, data):
+    tasks = drawn_tasks(drawn)
+    units = {task.name: own for task, (_, _, own) in zip(tasks, drawn, strict=True)}
+    torch.manual_seed(0)
+    towers = Towers(5, tasks, units, activation="tanh").double()
+    reader = data.draw(st.integers(0, len(tasks) - 1))
+    first = sum(task.width for task in tasks[:reader])
+    features = torch.randn(3, len(tasks), 5, dtype=torch.float64, requires_grad=True)
+    logits = towers(features)[:, first : first + tasks[reader].width]
+    logits.square().sum().backward()
+    for k in range(len(tasks)):
+        assert features.grad[:, k].any() == (k == reader)
+    for name, members in towers.members.items():
+        for parameter in towers[name].parameters():
+            for k, copy in enumerate(members):
+                slope = None if parameter.grad is None else parameter.grad[k]
+                touched = slope is not None and bool(slope.any())
+                assert touched == (copy == reader)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_towers_with_norms_are_the_loop_in_training_and_after(
+    normalization, activation
+):
+    tasks = [*BINARY, Task("stars", "multiclass", classes=3), Task("late")]
+    units = {"click": (5, 3), "purchase": (4,), "stars": (5, 3), "late": (5, 3)}
+    options = {"normalization": normalization, "activation": activation}
+    torch.manual_seed(0)
+    towers = Towers(7, tasks, units, **options).double()
+    torch.manual_seed(0)
+    apart = loop(7, tasks, units, **options)
+    features = torch.randn(11, 4, 7, dtype=torch.float64)
+    for training in (True, True, False):
+        towers.train(training)
+        apart.train(training)
+        assert near(towers(features), looped(apart, features))
+
+
+def test_logits_stand_in_the_order_of_the_tasks_and_not_of_the_stacks():
+    tasks = [Task("click"), Task("stars", "multiclass", classes=3), Task("late")]
+    towers = Towers(2, tasks, {"click": (4,), "stars": (), "late": (4,)}, bias=True)
+    assert towers.members == {"4x1": [0, 2], "3": [1]}
+    assert towers.place.tolist() == [0, 2, 3, 4, 1]
+    with torch.no_grad():
+        for parameter in towers.parameters():
+            parameter.zero_()
+        towers["4x1"][-1].bias.copy_(torch.tensor([[1.0], [5.0]]))
+        towers["3"][-1].bias.copy_(torch.tensor([[2.0, 3.0, 4.0]]))
+    assert towers(torch.zeros(1, 3, 2)).tolist() == [[1, 2, 3, 4, 5]]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the kernels that PyTorch calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(tasks, units, **options):
+    """What forward, and forward with backward, of that many towers call."""
+    towers = Towers(7, tasks, units, **options)
+    features = torch.randn(5, len(tasks), 7, requires_grad=True)
+    with Kernels() as forward:
+        logits = towers(features)
+    with Kernels() as backward:
+        logits.sum().backward()
+    return forward.found, backward.found
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+PICKED = ("cat", "index", "index_select", "stack", "gather", "index_put")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_sixteen_towers_of_one_shape_take_the_calls_of_two(bias, normalization):
+    options = {"bias": bias, "normalization": normalization}
+    few, many = (
+        kernels([Task(f"t{k}") for k in range(count)], (5, 3), **options)
+        for count in (2, 16)
+    )
+    assert few == many
+    forward, backward = many
+    assert sum(forward[name] for name in PRODUCTS) == 3
+    assert sum(backward[name] for name in PRODUCTS) == 6
+    assert not any(found[name] for found in many for name in PICKED)
+
+
+def test_two_shapes_take_the_products_of_two_stacks():
+    units = {f"t{k}": (5,) if k % 3 else () for k in range(16)}
+    forward, _ = kernels([Task(f"t{k}") for k in range(16)], units)
+    assert sum(forward[name] for name in PRODUCTS) == 3
+    assert forward["cat"] == 1
+    assert forward["index_select"] == 1
+    assert forward["index"] == 0
+
+
+RESERVED = ["keys", "training", "items", "type", "weight", "forward", "bias", "0"]
+
+
+def test_tasks_may_have_the_names_of_what_a_module_has(tmp_path):
+    tasks = [Task(name, label="click") for name in RESERVED]
+    encoder, batch = encoded(tasks, count=7)
+    sizes = {name: (4,) if name in ("keys", "weight") else (3,) for name in RESERVED}
+    model, other = (SharedBottom(encoder, tower_units=sizes).double() for _ in range(2))
+    assert list(predict(model, batch)) == RESERVED
+    found = numpy_logits(model, batch)
+    assert near(model(batch), torch.from_numpy(found))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert torch.equal(model(batch), other(batch))
+    train = encoder.transform(rows(50))
+    history = fit(SharedBottom(encoder), train, epochs=1, progress=False)
+    assert set(RESERVED) <= set(history["task"])
+
+
+# Weights of equal names and shapes that stand for other tasks.
+ELSEWHERE = [
+    ({"tasks": ["click", "purchase"]}, {"tasks": ["purchase", "click"]}),
+    (
+        {"tower_units": {"click": (5,), "purchase": (4,)}},
+        {"tower_units": {"click": (4,), "purchase": (5,)}},
+    ),
+    (
+        {"tasks": ["click", "purchase"]},
+        {"tasks": ["click", "seconds"]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("saved", "other"), ELSEWHERE)
+def test_towers_of_other_tasks_or_in_another_order_are_refused(saved, other, tmp_path):
+    tasks = [*BINARY, Task("seconds", "regression")]
+    if "tower_units" in saved:
+        tasks = BINARY
+    encoder, _ = encoded(tasks)
+    train = encoder.transform(rows(50))
+    first, second = (SharedBottom(encoder, **options) for options in (saved, other))
+    sizes = [{n: p.shape for n, p in m.named_parameters()} for m in (first, second)]
+    assert sizes[0] == sizes[1]
+    before = [parameter.clone() for parameter in second.parameters()]
+    message = (
+        f"these weights are of a model laid out as {layouts(first)!r}; this model is"
+        f" laid out as {layouts(second)!r}"
+    )
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            second.load_state_dict(first.state_dict(), strict=strict)
+    for old, parameter in zip(before, second.parameters(), strict=True):
+        assert torch.equal(old, parameter)
+    options = {"epochs": 1, "checkpoint": tmp_path / "run.pt", "progress": False}
+    fit(first, train, **options)
+    with pytest.raises(ValueError, match="is of another run"):
+        fit(second, train, **options)
+
+
+def test_the_layout_of_a_shared_bottom_is_its_tasks_and_its_towers():
+    found = layouts(built(tower_units={"click": (5,), "purchase": ()}))
+    assert found == "tasks: click, purchase; towers: {'5x1': [0], '1': [1]}"
+
+
+def test_tensors_by_task_are_the_slices_of_their_stacks():
+    sizes = {"click": (5,), "purchase": (5,)}
+    model = built(tower_units=sizes, normalization="batch")
+    state, found = model.state_dict(), by_task(model)
+    for k, task in enumerate(sizes):
+        weight = found[f"towers.{task}.output.weight"]
+        assert torch.equal(weight, state["towers.5x1.3.weight"][k])
+        scale = found[f"towers.{task}.hidden.1.running_var"]
+        assert torch.equal(scale, state["towers.5x1.1.running_var"][5 * k : 5 * k + 5])
+        assert found[f"towers.{task}.hidden.1.num_batches_tracked"] == 0
 
 
 TRACED = f"""
@@ -244,19 +601,28 @@ def test_can_be_traced(code):
 
 
 def linears(module):
-    return [part for part in module.modules() if isinstance(part, torch.nn.Linear)]
+    """Weight and bias of each linear layer, the stacked ones taken apart."""
+    found = []
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            found.append((part.weight, part.bias))
+        if isinstance(part, StackedLinear):
+            copies = len(part.weight)
+            biases = [None] * copies if part.bias is None else part.bias
+            found += zip(part.weight, biases, strict=True)
+    return found
 
 
 def test_the_default_start_is_that_of_pytorch():
     torch.manual_seed(0)
     found = linears(MLP(7, (5, 3)))
     torch.manual_seed(0)
-    for layer in found:
-        weight = torch.empty_like(layer.weight)
-        bias = torch.empty_like(layer.bias)
+    assert len(found) == 2
+    for drawn_weight, drawn_bias in found:
+        weight, bias = torch.empty_like(drawn_weight), torch.empty_like(drawn_bias)
         initialize(weight, bias, "default")
-        assert torch.equal(weight, layer.weight)
-        assert torch.equal(bias, layer.bias)
+        assert torch.equal(weight, drawn_weight)
+        assert torch.equal(bias, drawn_bias)
 
 
 # The standard deviation that each start promises for a matrix of 300 by 200.
@@ -306,11 +672,10 @@ def test_the_start_reaches_every_linear_layer_of_bottom_and_towers():
     model = built(bottom_units=(8, 8), tower_units=(8,), initializer="orthogonal")
     found = linears(model)
     assert len(found) == 2 + 2 * 2
-    for layer in found:
-        weight = layer.weight.detach()
+    for weight, bias in found:
         few = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
-        torch.testing.assert_close(few, torch.eye(len(few)), rtol=0, atol=1e-5)
-        assert not layer.bias.any()
+        torch.testing.assert_close(few.detach(), torch.eye(len(few)), rtol=0, atol=1e-5)
+        assert not bias.any()
 
 
 @pytest.mark.parametrize("bottom", [True, False])
@@ -319,8 +684,8 @@ def test_biases_of_bottom_and_towers_are_switched_apart(bottom, tower):
     model = built(
         bottom_units=(5,), tower_units=(3,), bottom_bias=bottom, tower_bias=tower
     )
-    assert {layer.bias is not None for layer in linears(model.trunk)} == {bottom}
-    assert {layer.bias is not None for layer in linears(model.towers)} == {tower}
+    assert {bias is not None for _, bias in linears(model.trunk)} == {bottom}
+    assert {bias is not None for _, bias in linears(model.towers)} == {tower}
     assert len(linears(model.towers)) == 4
 
 
@@ -370,14 +735,6 @@ REFUSALS = [
         lambda: Towers(3, BINARY, {"click": (4,), "purchases": (4,)}),
         "tower_units name the tasks ['click', 'purchases'],"
         " expected ['click', 'purchase']",
-    ),
-    (
-        lambda: Towers(3, [Task("keys")]),
-        "task 'keys': PyTorch modules reserve this name",
-    ),
-    (
-        lambda: Towers(3, [Task("training")]),
-        "task 'training': PyTorch modules reserve this name",
     ),
     (
         lambda: SharedBottomLayer(3, (4,), tasks=0),

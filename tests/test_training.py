@@ -473,7 +473,10 @@ def test_without_decay_there_is_one_group_in_the_order_of_the_model():
         ("trunk.bottom.1.weight", (5,), False),
         ("trunk.weights.0", (3, 5, 7), True),
         ("trunk.experts.0.bias", (3, 5), False),
-        ("towers.bias.output.weight", (1, 5), True),
+        ("trunk.bias.0.weight", (1, 5), True),
+        ("towers.64x32x1.0.weight", (2, 64, 7), True),
+        ("towers.64x32x1.0.bias", (2, 64), False),
+        ("towers.1.0.bias", (2, 1), False),
     ],
 )
 def test_what_decays(name, shape, expected):
@@ -1133,7 +1136,9 @@ OTHERS = {
     "rows train: 200 rows": {"train": TRAIN[torch.arange(200).flip(0)]},
     "rows valid": {"valid": VALID[:149]},
     "module trunk: Dropout.p=0.0, .* in the file, Dropout.p=0.1": {"dropout": 0.1},
-    "task dwell: Task.* in the file, none here": {"tasks": ["click", "rating"]},
+    "layout: tasks: click, dwell, rating in the file, tasks: click, rating here": {
+        "tasks": ["click", "rating"]
+    },
     r"parameter towers.weight: torch.float32 \[5, 4\] in the file, torch.f": {
         "tasks": ["click", "rating"]
     },
