@@ -1,195 +1,188 @@
-"""SharedBottom through `fit` against a hand-written loop over raw tensors.
+"""Time this project's models, the libraries that are installed, and the floor.
 
-    python -m benchmarks [--repeats 9] [--threads 2]
+    python -m benchmarks                                  train and predict
+    python -m benchmarks auc --python OTHER/bin/python    with peers from elsewhere
 
-prints one JSON line a case. Both variants train the same network on the same rows with
-the same optimizer, and are first checked to give the same gradients in double
-precision. They take turns, so that a disturbance meets both. `ratio` is the median time
-of `fit` over the median time of the loop.
+prints one line of JSON a case; `benchmarks/README.md` says what is measured, how the
+peers get into their own environments and where their work differs. Nothing is installed
+or downloaded. The models of `train`, `predict` and `growth` are compared with a plain
+loop in double precision before they are timed. All competitors of a case take turns in
+the same minutes. The exit status is 3 where other work kept the machine too busy to
+conclude, or where the runs of a competitor did not agree, and 1 where a library failed.
 """
 
+from __future__ import annotations
+
 import argparse
-import json
-import os
-import platform
-import statistics
 import sys
-import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import numpy as np
-import pandas as pd
-import psutil
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-import mtl_annotated as mtl
+from benchmarks import (
+    details,
+    encoding,
+    growth,
+    peers,
+    profile,
+    replicas,
+    suites,
+    tricks,
+    vocabulary,
+)
+from benchmarks.networks import SIZES
+from benchmarks.store import Store
+from benchmarks.suites import Command, own_competitors
+from benchmarks.turns import BUSY
 
-ROWS = 32_561
-# The shape of the Adult data: 8 columns of ids and 5 of numbers.
-VOCABULARIES = {
-    "workclass": 9,
-    "education": 16,
-    "education_num": 16,
-    "occupation": 15,
-    "relationship": 6,
-    "race": 5,
-    "sex": 2,
-    "native_country": 42,
+SUITES: dict[str, tuple[str, Callable[[Command], None]]] = {
+    "train": (
+        "rows a second of whole epochs, beside the floor",
+        lambda command: suites.speed(command, "train"),
+    ),
+    "predict": (
+        "rows a second of scoring all rows",
+        lambda command: suites.speed(command, "predict"),
+    ),
+    "auc": ("test AUC after five epochs, three seeds", suites.auc),
+    "tricks": ("MMoE from loader and loops to the package, step by step", tricks.run),
+    "profile": ("what a training step spends its time on", profile.run),
+    "growth": ("experts, tasks and batch, ours beside the floor", growth.run),
+    "replicas": ("50 small models at once and one after another", replicas.run),
+    "details": ("rows of tables, and how many rows to score at once", details.run),
+    "encoding": ("Encoder.transform", encoding.run),
+    "vocabulary": ("one large embedding table", vocabulary.run),
 }
-DENSE = ("age", "fnlwgt", "capital_gain", "capital_loss", "hours_per_week")
-TASKS = ("income", "never_married")
-WIDTH, BOTTOM, TOWER = 16, (128, 128), (64, 32)
-BUSY = 20.0
+DEFAULT = ("train", "predict")
 
 
-class HandWritten(nn.Module):
-    """The same network with nothing around it: one table, layers, logits."""
-
-    def __init__(self, tables: int) -> None:
-        super().__init__()
-        self.table = nn.Embedding(tables, WIDTH)
-        inputs = len(VOCABULARIES) * WIDTH + len(DENSE)
-        self.bottom = self.stack(inputs, *BOTTOM)
-        self.towers = nn.ModuleList(
-            nn.Sequential(*self.stack(BOTTOM[-1], *TOWER), nn.Linear(TOWER[-1], 1))
-            for _ in TASKS
-        )
-
-    @staticmethod
-    def stack(*widths: int) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
-            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-        return nn.Sequential(*layers)
-
-    def loss(self, ids, dense, labels):
-        features = torch.cat([self.table(ids).flatten(1), dense], dim=1)
-        hidden = self.bottom(features)
-        logits = torch.cat([tower(hidden) for tower in self.towers], dim=1)
-        loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        return loss.mean(0).sum()
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {text!r}")
+    return number
 
 
-def train_by_hand(model, ids, dense, labels, batch_size):
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    order = torch.randperm(len(ids))
-    model.train()
-    for start in range(0, len(ids), batch_size):
-        batch = order[start : start + batch_size]
-        optimizer.zero_grad()
-        model.loss(ids[batch], dense[batch], labels[batch]).backward()
-        optimizer.step()
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    listed = "\n".join(f"  {name:11} {what}" for name, (what, _) in SUITES.items())
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=f"{__doc__}\nsuites:\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = found.add_argument
+    add("suites", nargs="*", metavar="SUITE", help=f"default: {' '.join(DEFAULT)}")
+    add(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="an interpreter in which peers are installed, beside the one that runs"
+        " this; may be given several times",
+    )
+    add("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
+    add(
+        "--batch-sizes",
+        nargs="+",
+        type=positive,
+        metavar="N",
+        help="default 256 4096, of predict 256 1024",
+    )
+    add(
+        "--repeats",
+        type=positive,
+        default=5,
+        help="runs of each, default 5; up to three times as many if they do not agree",
+    )
+    add("--threads", type=positive, default=2, help="at most, default 2")
+    add("--seeds", type=positive, default=3, help="of the suite auc, default 3")
+    add(
+        "--libraries",
+        nargs="+",
+        metavar="NAME",
+        choices=[*(each.name for each in own_competitors()), *peers.SCRIPTS],
+        help="only these, as far as they are found; default: all",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=".csv or .jsonl; cases that are in it are not run again, unless they were"
+        " not conclusive, or were measured with other versions, code or options",
+    )
+    add("--again", action="store_true", help="run cases that are in the file too")
+    add(
+        "--busy",
+        type=float,
+        default=BUSY,
+        metavar="PERCENT",
+        help=f"share of the machine that others may use, default {BUSY:.0f}",
+    )
+    add("--limit", type=positive, metavar="ROWS", help="fewer rows, to try things out")
+    return found
 
 
-def synthetic_rows() -> pd.DataFrame:
-    generator = np.random.default_rng(0)
-    columns = {
-        # Every id occurs, so that the vocabularies have the sizes asked for.
-        name: generator.permutation(np.arange(ROWS) % size)
-        for name, size in VOCABULARIES.items()
-    }
-    columns |= {name: generator.normal(size=ROWS) for name in DENSE}
-    columns |= {name: generator.integers(0, 2, ROWS) for name in TASKS}
-    return pd.DataFrame(columns)
-
-
-def offset_ids(encoder, batch):
-    sizes = [encoder.tables[name].rows for name in VOCABULARIES]
-    starts = np.cumsum([0, *sizes[:-1]])
-    return batch.ids + torch.as_tensor(starts), sum(sizes)
-
-
-def check_equal(encoder, batch) -> None:
-    """Copy the weights over; loss and gradients must agree."""
-    batch = batch[torch.arange(101)].to(dtype=torch.float64)
-    ours = mtl.SharedBottom(encoder, bottom_units=BOTTOM, tower_units=TOWER).double()
-    ids, tables = offset_ids(encoder, batch)
-    hand = HandWritten(tables).double()
-    with torch.no_grad():
-        for target, source in zip(hand.parameters(), ours.parameters(), strict=True):
-            target.copy_(source)
-    ours.loss(batch).backward()
-    hand.loss(ids, batch.dense, batch.labels).backward()
-    for target, source in zip(hand.parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(target.grad, source.grad, rtol=0, atol=1e-10)
-
-
-def timed(function, *arguments) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-def case(encoder, batch, batch_size: int, repeats: int) -> dict:
-    ids, tables = offset_ids(encoder, batch)
-    ours = mtl.SharedBottom(encoder, bottom_units=BOTTOM, tower_units=TOWER)
-    hand = HandWritten(tables)
-
-    def through_fit():
-        mtl.fit(
-            ours,
-            batch,
-            epochs=1,
-            batch_size=batch_size,
-            train_metrics=False,
-            progress=False,
-        )
-
-    def through_loop():
-        train_by_hand(hand, ids, batch.dense, batch.labels, batch_size)
-
-    through_fit(), through_loop()
-    seconds: dict[str, list[float]] = {"fit": [], "loop": []}
-    for repeat in range(repeats):
-        turns = [("fit", through_fit), ("loop", through_loop)]
-        for name, run in turns if repeat % 2 else reversed(turns):
-            seconds[name].append(timed(run))
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    spread = {
-        name: round((max(times) - min(times)) / median[name], 3)
-        for name, times in seconds.items()
-    }
-    return {
-        "case": "SharedBottom",
-        "batch_size": batch_size,
-        "fit_rows_per_second": round(ROWS / median["fit"]),
-        "loop_rows_per_second": round(ROWS / median["loop"]),
-        "ratio": round(median["fit"] / median["loop"], 3),
-        "spread": spread,
-        "repeats": repeats,
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    load = psutil.cpu_percent(interval=2)
-    machine = {
-        "threads": arguments.threads,
-        "cores": os.cpu_count(),
-        "load_of_others_percent": load,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    rows = synthetic_rows()
-    columns = [mtl.Sparse(name, width=WIDTH) for name in VOCABULARIES]
-    columns += [mtl.Dense(name) for name in DENSE]
-    encoder = mtl.Encoder(columns, [mtl.Task(name) for name in TASKS]).fit(rows)
-    batch = encoder.transform(rows)
-    check_equal(encoder, batch)
-    for batch_size in (256, 4096):
-        result = case(encoder, batch, batch_size, arguments.repeats)
-        print(json.dumps(result | machine), flush=True)
-    if load > BUSY:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suites; the exit status."""
+    parse = parser()
+    given = parse.parse_args(arguments)
+    wanted = given.suites or DEFAULT
+    for suite in wanted:
+        if suite not in SUITES:
+            parse.error(f"unknown suite {suite!r}, choose from {', '.join(SUITES)}")
+    try:
+        interpreters = [sys.executable, *given.python]
+        found = [*own_competitors(), *peers.find(interpreters, given.threads)]
+        store = Store(given.out)
+    except ValueError as error:
+        parse.error(str(error))
+    if given.libraries:
+        found = [each for each in found if each.name in given.libraries]
+        if not found:
+            parse.error(
+                f"--libraries: none of {', '.join(given.libraries)} is installed here;"
+                " --python names an interpreter that has it"
+            )
+    print("found: " + ", ".join(each.name for each in found), file=sys.stderr)
+    if others := peers.other_torch(found):
         print(
-            f"other work used {load} % of the machine: no conclusion", file=sys.stderr
+            f"not the same PyTorch as here, {peers.OURS.versions['torch']}:"
+            f" {', '.join(others)}",
+            file=sys.stderr,
         )
-        return 2
-    return 0
+    torch.set_num_threads(given.threads)
+    command = Command(
+        competitors=found,
+        models=given.models,
+        batch_sizes=given.batch_sizes,
+        repeats=given.repeats,
+        threads=given.threads,
+        seeds=given.seeds,
+        limit=given.limit,
+        busy=given.busy,
+        again=given.again,
+        store=store,
+        show=lambda line: print(line, flush=True),
+    )
+    for suite in wanted:
+        SUITES[suite][1](command)
+    return exit_status(command)
+
+
+def exit_status(command: Command) -> int:
+    """3 where a line is not conclusive, 1 where a library failed, else 0."""
+    if command.inconclusive:
+        print(
+            f"{command.inconclusive} lines are not conclusive: why_not says whether"
+            f" others used more than {command.busy:.0f} % of the machine, or the runs"
+            " did not agree; run the same command again when it is quiet",
+            file=sys.stderr,
+        )
+        return 3
+    return 1 if command.failures else 0
 
 
 if __name__ == "__main__":

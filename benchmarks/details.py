@@ -1,0 +1,109 @@
+"""Two small choices of the package, each beside what it was chosen from.
+
+`rows of the tables`: the embeddings of a batch and the gradient of their table, read by
+`index_select` or by `F.embedding`. `rows scored at once`: an MMoE's predictions, a
+slice of some hundreds or thousands of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import mtl_annotated as mtl
+from benchmarks.networks import build
+from benchmarks.store import Line
+from benchmarks.suites import Command, compare, here
+from mtl_annotated.training import scoring
+
+LOOKUPS = {
+    "index_select": lambda table, rows: table.index_select(0, rows),
+    "F.embedding": lambda table, rows: F.embedding(rows, table),
+}
+SLICES = (256, 512, 1024, 2048, 4096, 8192)
+
+
+def looked_up(
+    read: Callable[[Tensor, Tensor], Tensor],
+    table: Tensor,
+    batches: list[Tensor],
+    gradients: list[Tensor],
+) -> int:
+    """Forward and backward of a lookup, batch after batch; the rows done."""
+    for rows, gradient in zip(batches, gradients, strict=True):
+        table.grad = None
+        read(table, rows).backward(gradient)
+    return sum(map(len, batches))
+
+
+def check(table: Tensor, rows: Tensor) -> None:
+    """Both lookups read the same rows and add up the same gradient.
+
+    Raises: AssertionError.
+    """
+    found = []
+    for read in LOOKUPS.values():
+        table.grad = None
+        made = read(table, rows)
+        made.sin().sum().backward()
+        found.append((made.detach(), table.grad))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def scored(model: mtl.Ranker, rows: mtl.Batch, size: int) -> int:
+    """Predict all rows, `size` at a time; the rows done."""
+    with scoring(model):
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            model.predictions(part, model(part))
+    return len(rows)
+
+
+def tables_of_a_batch(command: Command, batch_size: int) -> None:
+    """A line a lookup. The ids are those of the rows, eight a row."""
+    rows = command.rows[False]
+    (table,) = build("MMoE", rows.encoder).embedding.weights.values()
+    weight = table.detach()
+    sizes = [table.rows for table in rows.encoder.tables.values()]
+    starts = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    ids = [part.flatten() for part in (rows.train.ids + starts).split(batch_size)]
+    gradients = [torch.randn(len(part), weight.shape[1]) for part in ids]
+    check(weight.double().requires_grad_(), ids[0])
+    ways = {
+        name: partial(looked_up, read, weight.clone().requires_grad_(), ids, gradients)
+        for name, read in LOOKUPS.items()
+    }
+    case = {"suite": "details", "case": "rows of the tables", "batch_size": batch_size}
+    compete(command, case, ways)
+
+
+def slices(command: Command) -> None:
+    """A line a size of slices."""
+    rows = command.rows[False]
+    model = build("MMoE", rows.encoder)
+    case = {"suite": "details", "case": "rows scored at once", "model": "MMoE"}
+    ways = {str(size): partial(scored, model, rows.train, size) for size in SLICES}
+    compete(command, case, ways)
+
+
+def compete(command: Command, case: Line, ways: dict[str, Callable[[], int]]) -> None:
+    """Let the variants take turns, and put their lines."""
+    lines = {name: {**case, "variant": name} for name in ways}
+    if not any([command.wanted(x | command.made_with()) for x in lines.values()]):
+        return
+    turns = [here(name, work) for name, work in ways.items()]
+    for turn in turns:
+        turn.warm_up()
+    for line in compare(command, lines, turns).values():
+        command.put(line)
+
+
+def run(command: Command) -> None:
+    """The suite `details`."""
+    for batch_size in command.sizes("details"):
+        tables_of_a_batch(command, batch_size)
+    slices(command)
