@@ -1,8 +1,10 @@
-"""Two small choices of the package, each beside what it was chosen from.
+"""Three choices of the package, each beside what it was chosen from.
 
 `rows of the tables`: the embeddings of a batch and the gradient of their table, read by
 `index_select` or by `F.embedding`. `rows scored at once`: an MMoE's predictions, a
-slice of some hundreds or thousands of rows at a time.
+slice of some hundreds or thousands of rows at a time. `one table`: lookup, backward pass
+and Adam step of a table alone, the whole of it or the touched rows, by its size; eight
+ids a row, drawn evenly.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import mtl_annotated as mtl
 from benchmarks.networks import build
 from benchmarks.store import Line
 from benchmarks.suites import Command, compare, here
+from mtl_annotated.features import read_rows
 from mtl_annotated.training import scoring
 
 LOOKUPS = {
@@ -25,6 +28,9 @@ LOOKUPS = {
     "F.embedding": lambda table, rows: F.embedding(rows, table),
 }
 SLICES = (256, 512, 1024, 2048, 4096, 8192)
+VOCABULARIES = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
+# A dense step of a table larger than this takes longer than anybody waits.
+LARGEST_DENSE, WIDTH, READS = 1_000_000, 16, 8
 
 
 def looked_up(
@@ -90,6 +96,49 @@ def slices(command: Command) -> None:
     compete(command, case, ways)
 
 
+def stepped(
+    table: Tensor, optimizer: torch.optim.Optimizer, batches: list[Tensor], sparse: bool
+) -> int:
+    """Lookup, backward pass and update, batch after batch; the rows done."""
+    for ids in batches:
+        table.grad = None
+        read_rows(table, ids, sparse=sparse).sin().sum().backward()
+        optimizer.step()
+    return sum(map(len, batches))
+
+
+def update(weight: Tensor, batches: list[Tensor], sparse: bool) -> Callable[[], int]:
+    """A table of its own and its Adam, as a way to run."""
+    table = torch.nn.Parameter(weight.clone())
+    adam = mtl.RowAdam if sparse else torch.optim.Adam
+    optimizer = adam([table], lr=1e-3, fused=True)
+    return partial(stepped, table, optimizer, batches, sparse)
+
+
+def check_updates() -> None:
+    """Where each batch reads all rows, both ways end in the same table.
+
+    Raises: AssertionError.
+    """
+    weight, batches = torch.randn(5, 3).double(), [torch.arange(5).view(1, 5)] * 3
+    ways = [update(weight, batches, sparse) for sparse in (False, True)]
+    for way in ways:
+        way()
+    torch.testing.assert_close(*(way.args[0] for way in ways))
+
+
+def one_table(command: Command, batch_size: int, vocabulary: int) -> None:
+    """A line for the whole table, if that can be borne, and one for its rows."""
+    torch.manual_seed(0)
+    ids = torch.randint(vocabulary, (10, batch_size, READS))
+    weight, batches = torch.randn(vocabulary, WIDTH), list(ids)
+    ways = {"by row": update(weight, batches, True)}
+    if vocabulary <= LARGEST_DENSE:
+        ways["dense"] = update(weight, batches, False)
+    case = {"suite": "details", "case": "one table", "batch_size": batch_size}
+    compete(command, case | {"vocabulary": vocabulary}, ways)
+
+
 def compete(command: Command, case: Line, ways: dict[str, Callable[[], int]]) -> None:
     """Let the variants take turns, and put their lines."""
     lines = {name: {**case, "variant": name} for name in ways}
@@ -107,3 +156,7 @@ def run(command: Command) -> None:
     for batch_size in command.sizes("details"):
         tables_of_a_batch(command, batch_size)
     slices(command)
+    check_updates()
+    for batch_size in command.sizes("details"):
+        for vocabulary in VOCABULARIES:
+            one_table(command, batch_size, vocabulary)

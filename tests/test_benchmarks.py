@@ -8,6 +8,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -672,11 +673,20 @@ def test_variants_of_a_table_take_turns_and_share_their_reading(command, monkeyp
 
 def test_details_compare_lookups_and_slices(command, monkeypatch):
     command.repeats = 1
+    monkeypatch.setattr(details, "VOCABULARIES", (300, 900))
+    monkeypatch.setattr(details, "LARGEST_DENSE", 300)
     details.run(command)
     assert [line["variant"] for line in command.lines] == [
         *details.LOOKUPS,
         *map(str, details.SLICES),
+        "by row",
+        "dense",
+        "by row",
     ]
+    twice = partial(torch.optim.Adam, amsgrad=True, weight_decay=1.0)
+    monkeypatch.setattr(details.torch.optim, "Adam", twice)
+    with pytest.raises(AssertionError):
+        details.check_updates()
     table = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     monkeypatch.setitem(details.LOOKUPS, "F.embedding", lambda t, rows: t[rows] * 2)
     with pytest.raises(AssertionError):
