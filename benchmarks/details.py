@@ -142,7 +142,7 @@ def one_table(command: Command, batch_size: int, vocabulary: int) -> None:
 def compete(command: Command, case: Line, ways: dict[str, Callable[[], int]]) -> None:
     """Let the variants take turns, and put their lines."""
     lines = {name: {**case, "variant": name} for name in ways}
-    if not any([command.wanted(x | command.made_with()) for x in lines.values()]):
+    if not command.any_wanted(lines.values()):
         return
     turns = [here(name, work) for name, work in ways.items()]
     for turn in turns:

@@ -105,8 +105,7 @@ def run(command: Command) -> None:
     for model in command.models:
         for batch_size in command.sizes("profile"):
             case = {"suite": "profile", "model": model, "batch_size": batch_size}
-            lines = [case | command.made_with() | {"case": kind} for kind in NAMES]
-            if any([command.wanted(line) for line in lines]):
+            if command.any_wanted(case | {"case": kind} for kind in NAMES):
                 measure(command, case)
 
 

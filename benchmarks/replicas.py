@@ -133,8 +133,7 @@ def run(command: Command, copies: int = COPIES, steps: int = STEPS) -> None:
     for study in STUDIES:
         case = {"suite": "replicas", "model": study.model, "batch_size": study.batch}
         lines = {name: {**case, "library": name} for name in (AT_ONCE, IN_TURN)}
-        wanted = [command.wanted(x | command.made_with()) for x in lines.values()]
-        if any(wanted):
+        if command.any_wanted(lines.values()):
             check(study)
             race(command, study, lines, copies, steps)
 

@@ -114,6 +114,13 @@ class Command:
             print(f"{place}: measured again, {what}", file=sys.stderr, flush=True)
         return not self.store.done(line)
 
+    def any_wanted(self, cases: Iterable[Line]) -> bool:
+        """Whether one of the cases that run in this process has to be run.
+
+        All are looked at, so that each says why it is measured again.
+        """
+        return any([self.wanted(case | self.made_with()) for case in cases])
+
     def put(self, line: Line) -> None:
         """Print a line and keep it."""
         if line.get("conclusive") is False:

@@ -281,7 +281,7 @@ def run(command: Command, left_out: Sequence[str] = LEFT_OUT) -> None:
     for batch_size in command.sizes("tricks"):
         case = {"suite": "tricks", "model": "MMoE", "batch_size": batch_size}
         lines = {name: {**case, "case": name} for name in names}
-        if not any([command.wanted(x | command.made_with()) for x in lines.values()]):
+        if not command.any_wanted(lines.values()):
             continue
         rows = command.rows[False]
         if not checked:

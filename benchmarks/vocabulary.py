@@ -161,7 +161,7 @@ def speeds(command: Command, case: Line) -> None:
     """Rows a second of the variants, which take turns."""
     vocabulary, size, draw = case["vocabulary"], case["batch_size"], case["ids"]
     lines = {v: {**case, "variant": v} for v in variants_at(vocabulary)}
-    if not any([command.wanted(x | command.made_with()) for x in lines.values()]):
+    if not command.any_wanted(lines.values()):
         return
     turns = []
     for variant in lines:

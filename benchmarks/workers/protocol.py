@@ -114,14 +114,6 @@ def peak_mib() -> float:
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
-def on_torch(threads: int, suite: str, workers: tuple[int, ...]) -> list[list[dict]]:
-    """The settings of a library on PyTorch: threads and loader processes, then Adam."""
-    counts = sorted({threads, 1}, reverse=True)
-    first = [{"threads": n, "workers": w} for n in counts for w in workers]
-    adam = [{"fused": False}, {"fused": True}]
-    return [first, adam] if suite == "train" else [first]
-
-
 def measured(work: Callable[[], int]) -> dict[str, float]:
     """Run it, and say how many rows it did, in what time, with what memory."""
     cpu, start = cpu_seconds(), time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import deepctr_networks
 import numpy as np
 import protocol
 
@@ -11,8 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 import tensorflow as tf
-from deepctr.feature_column import DenseFeat, SparseFeat
-from deepctr.models import ESMM, MMOE, PLE, SharedBottom
+from deepctr import feature_column, models
 
 
 class DeepCTR(protocol.Library):
@@ -29,35 +29,15 @@ class DeepCTR(protocol.Library):
 
     def build(self, model, sizes, setting):
         tf.keras.utils.set_random_seed(self.seed)
-        rows = zip(self.arrays.sparse, self.arrays.table_rows, strict=True)
-        columns = [SparseFeat(name, count, self.arrays.width) for name, count in rows]
-        columns += [DenseFeat(name, 1) for name in self.arrays.dense]
-        common = {
-            "tower_dnn_hidden_units": tuple(sizes["tower_units"]),
-            "l2_reg_embedding": 0,
+        self.model = deepctr_networks.network(
+            models,
+            feature_column,
+            self.arrays,
+            model,
+            sizes,
             # Its layers take their start from this number, all experts the same one.
-            "seed": self.seed,
-            "task_types": ("binary", "binary"),
-            "task_names": tuple(self.arrays.tasks),
-        }
-        if "expert_units" in sizes:
-            common["expert_dnn_hidden_units"] = tuple(sizes["expert_units"])
-            common["gate_dnn_hidden_units"] = tuple(sizes["gate_units"])
-        if model == "SharedBottom":
-            bottom = tuple(sizes["bottom_units"])
-            self.model = SharedBottom(columns, bottom_dnn_hidden_units=bottom, **common)
-        elif model == "ESMM":
-            self.model = ESMM(columns, **common)
-        elif model == "MMoE":
-            self.model = MMOE(columns, num_experts=sizes["experts"], **common)
-        else:
-            self.model = PLE(
-                columns,
-                shared_expert_num=sizes["shared_experts"],
-                specific_expert_num=sizes["own_experts"],
-                num_levels=sizes.get("levels", 1),
-                **common,
-            )
+            seed=self.seed,
+        )
         adam = tf.keras.optimizers.Adam(learning_rate=1e-3)
         self.model.compile(
             adam,

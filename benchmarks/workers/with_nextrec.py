@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import protocol
-import torch
 
 # It writes a log in every call of `fit`: into the working folder.
 os.environ["NEXTREC_LOG_DIR"] = "logs"
@@ -13,22 +12,15 @@ os.environ["NEXTREC_LOG_DIR"] = "logs"
 from nextrec.basic.callback import CheckpointSaver
 from nextrec.basic.features import DenseFeature, SparseFeature
 from nextrec.models.multitask import ESMM, MMOE, PLE, ShareBottom
+from on_torch import OnTorch
 
 # A number of epochs that no training has.
 NEVER = 10**9
 
 
-class NextRec(protocol.Library):
-    def settings(self, suite):
-        return protocol.on_torch(self.threads, suite, workers=(0, 2))
-
-    def ready(self):
-        torch.set_num_threads(self.own_threads)
-
+class NextRec(OnTorch):
     def build(self, model, sizes, setting):
-        self.own_threads = setting.get("threads", self.threads)
-        torch.manual_seed(self.seed)
-        self.workers = setting.get("workers", 0)
+        self.begin(setting)
         rows = zip(self.arrays.sparse, self.arrays.table_rows, strict=True)
         tower = {"hidden_dims": sizes["tower_units"]}
         common = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import protocol
-import torch
+from on_torch import OnTorch
 from torch.utils.data import DataLoader
 from torch_rechub.basic.features import DenseFeature, SparseFeature
 from torch_rechub.models.multi_task import ESMM, MMOE, PLE, SharedBottom
@@ -17,17 +17,9 @@ from torch_rechub.trainers import MTLTrainer
 from torch_rechub.utils.data import DataGenerator, PredictDataset
 
 
-class TorchRechub(protocol.Library):
-    def settings(self, suite):
-        return protocol.on_torch(self.threads, suite, workers=(0, 2))
-
-    def ready(self):
-        torch.set_num_threads(self.own_threads)
-
+class TorchRechub(OnTorch):
     def build(self, model, sizes, setting):
-        self.own_threads = setting.get("threads", self.threads)
-        torch.manual_seed(self.seed)
-        self.workers = setting.get("workers", 0)
+        self.begin(setting)
         rows = zip(self.arrays.sparse, self.arrays.table_rows, strict=True)
         sparse = [SparseFeature(name, n, self.arrays.width) for name, n in rows]
         dense = [DenseFeature(name) for name in self.arrays.dense]
