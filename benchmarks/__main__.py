@@ -50,7 +50,7 @@ SUITES: dict[str, tuple[str, Callable[[Command], None]]] = {
     "profile": ("what a training step spends its time on", profile.run),
     "growth": ("experts, tasks and batch, ours beside the floor", growth.run),
     "replicas": ("50 small models at once and one after another", replicas.run),
-    "details": ("rows of tables, and how many rows to score at once", details.run),
+    "details": ("rows of tables, and how many rows of a batch at once", details.run),
     "encoding": ("Encoder.transform", encoding.run),
     "vocabulary": ("one large embedding table", vocabulary.run),
 }
@@ -89,7 +89,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         type=positive,
         metavar="N",
-        help="default 256 4096, of predict 256 1024",
+        default=[256, 4096],
+        help="default 256 4096",
     )
     add(
         "--repeats",

@@ -1,8 +1,8 @@
 """Three choices of the package, each beside what it was chosen from.
 
 `rows of the tables`: the embeddings of a batch and the gradient of their table, read by
-`index_select` or by `F.embedding`. `rows scored at once`: an MMoE's predictions, a
-slice of some hundreds or thousands of rows at a time. `one table`: lookup, backward pass
+`index_select` or by `F.embedding`. `rows at once, training` and `rows at once, scoring`:
+how many rows of a batch go through the trunk together. `one table`: lookup, backward pass
 and Adam step of a table alone, the whole of it or the touched rows, by its size; eight
 ids a row, drawn evenly.
 """
@@ -20,14 +20,14 @@ import mtl_annotated as mtl
 from benchmarks.networks import build
 from benchmarks.store import Line
 from benchmarks.suites import Command, compare, here
+from mtl_annotated import training
 from mtl_annotated.features import read_rows
-from mtl_annotated.training import scoring
 
 LOOKUPS = {
     "index_select": lambda table, rows: table.index_select(0, rows),
     "F.embedding": lambda table, rows: F.embedding(rows, table),
 }
-SLICES = (256, 512, 1024, 2048, 4096, 8192)
+AT_ONCE = (256, 512, 1024, 2048, 4096, 8192)
 VOCABULARIES = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
 # A dense step of a table larger than this takes longer than anybody waits.
 LARGEST_DENSE, WIDTH, READS = 1_000_000, 16, 8
@@ -60,13 +60,14 @@ def check(table: Tensor, rows: Tensor) -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def scored(model: mtl.Ranker, rows: mtl.Batch, size: int) -> int:
-    """Predict all rows, `size` at a time; the rows done."""
-    with scoring(model):
-        for first in range(0, len(rows), size):
-            part = rows[first : first + size]
-            model.predictions(part, model(part))
-    return len(rows)
+def in_pieces(work: Callable[[], object], size: int, rows: int) -> int:
+    """Do the work with so many rows in the cache; the rows done."""
+    usual, training.CACHED_ROWS = training.CACHED_ROWS, size
+    try:
+        work()
+    finally:
+        training.CACHED_ROWS = usual
+    return rows
 
 
 def tables_of_a_batch(command: Command, batch_size: int) -> None:
@@ -87,13 +88,21 @@ def tables_of_a_batch(command: Command, batch_size: int) -> None:
     compete(command, case, ways)
 
 
-def slices(command: Command) -> None:
-    """A line a size of slices."""
-    rows = command.rows[False]
-    model = build("MMoE", rows.encoder)
-    case = {"suite": "details", "case": "rows scored at once", "model": "MMoE"}
-    ways = {str(size): partial(scored, model, rows.train, size) for size in SLICES}
-    compete(command, case, ways)
+def rows_at_once(command: Command, name: str) -> None:
+    """A line a number of rows, in batches of the largest."""
+    chosen, batch_size = command.rows[name == "ESMM"], AT_ONCE[-1]
+    rows, model = chosen.train, build(name, chosen.encoder)
+    quiet = {"train_metrics": False, "progress": False}
+    work: dict[str, Callable[[], object]] = {
+        "training": partial(
+            mtl.fit, model, rows, epochs=1, batch_size=batch_size, **quiet
+        ),
+        "scoring": partial(mtl.predict, model, rows, batch_size=batch_size),
+    }
+    for what, doing in work.items():
+        case = {"suite": "details", "case": f"rows at once, {what}", "model": name}
+        ways = {str(n): partial(in_pieces, doing, n, len(rows)) for n in AT_ONCE}
+        compete(command, case | {"batch_size": batch_size}, ways)
 
 
 def stepped(
@@ -153,10 +162,11 @@ def compete(command: Command, case: Line, ways: dict[str, Callable[[], int]]) ->
 
 def run(command: Command) -> None:
     """The suite `details`."""
-    for batch_size in command.sizes("details"):
+    for batch_size in command.batch_sizes:
         tables_of_a_batch(command, batch_size)
-    slices(command)
+    for name in command.models:
+        rows_at_once(command, name)
     check_updates()
-    for batch_size in command.sizes("details"):
+    for batch_size in command.batch_sizes:
         for vocabulary in VOCABULARIES:
             one_table(command, batch_size, vocabulary)

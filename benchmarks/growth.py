@@ -46,7 +46,7 @@ def run(command: Command) -> None:
     """The suite `growth`."""
     ours = replace(command, competitors=[OURS])
     checked: set[tuple[int, int]] = set()
-    for point in points(tuple(command.sizes("growth"))):
+    for point in points(tuple(command.batch_sizes)):
         sizes = {**SIZES["MMoE"], "experts": point.experts}
         more = {
             "case": point.varies,

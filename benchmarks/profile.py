@@ -103,7 +103,7 @@ def train(model: mtl.Ranker, rows: mtl.Batch, batch_size: int) -> int:
 def run(command: Command) -> None:
     """The suite `profile`."""
     for model in command.models:
-        for batch_size in command.sizes("profile"):
+        for batch_size in command.batch_sizes:
             case = {"suite": "profile", "model": model, "batch_size": batch_size}
             if command.any_wanted(case | {"case": kind} for kind in NAMES):
                 measure(command, case)

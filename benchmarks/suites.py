@@ -28,8 +28,6 @@ from benchmarks.turns import BUSY, Load, Turn, Worker, WorkerError, interleave
 from benchmarks.workers.protocol import measured
 
 AUC_EPOCHS, AUC_BATCH = 5, 256
-# On a CPU `mtl.predict` scores no more than 1,024 rows at once.
-BATCH_SIZES = {"predict": (256, 1024)}
 # A trial goes on with settings that take at most this many times the fastest's time,
 # until that one has run three times, or for so many seconds. Its runs are shorter.
 NEAR, TRIAL, SHORT = 1.4, 2.0, 0.4
@@ -37,14 +35,11 @@ NEAR, TRIAL, SHORT = 1.4, 2.0, 0.4
 
 @dataclass
 class Command:
-    """What was asked for, and what has been found out so far.
-
-    `batch_sizes` may be None: then each suite takes its own.
-    """
+    """What was asked for, and what has been found out so far."""
 
     competitors: Sequence[Competitor] = ()
     models: Sequence[str] = tuple(SIZES)
-    batch_sizes: Sequence[int] | None = None
+    batch_sizes: Sequence[int] = (256, 4096)
     repeats: int = 5
     threads: int = 2
     seeds: int = 3
@@ -84,10 +79,6 @@ class Command:
     def code(self) -> str:
         """A digest of the code, as it was when it was first asked for."""
         return code()
-
-    def sizes(self, suite: str) -> Sequence[int]:
-        """The batch sizes of a suite."""
-        return self.batch_sizes or BATCH_SIZES.get(suite, (256, 4096))
 
     def made_with(self, competitor: Competitor = OURS) -> Line:
         """What a line is measured with, as far as it matters for a time."""
@@ -512,7 +503,7 @@ def ratio(one: float | None, other: float | None) -> float | None:
 def cells(command: Command, suite: str) -> Iterator[Cell]:
     """The cells of a suite of which a line is missing."""
     for model in command.models:
-        for batch_size in command.sizes(suite):
+        for batch_size in command.batch_sizes:
             arrays = command.arrays[model == "ESMM"]
             cell = Cell(suite, model, batch_size, SIZES[model], arrays)
             if cell_wanted(command, cell):

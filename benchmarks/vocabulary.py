@@ -225,7 +225,7 @@ def run(
 
     Of these only large ones are `measured`: below them other memory hides the tables.
     """
-    sizes = command.sizes("vocabulary")
+    sizes = command.batch_sizes
     for size in sizes:
         for draw in DRAWS:
             for vocabulary in vocabularies:

@@ -80,8 +80,9 @@ class Ranker(nn.Module):
     A subclass sets `trunk` and `towers` in its `__init__`. One that reads its
     logits in another way overrides `losses` and `predictions`; one that adds up
     the tasks in another way overrides `joint`; one that cannot represent all
-    labels overrides `check`. `tasks` chooses tasks by name. `embedding` is used
-    in place of a new one.
+    labels overrides `check`. One whose trunk or towers compare rows with one another
+    sets `whole_batches`; batch normalization is noticed without. `tasks` chooses
+    tasks by name. `embedding` is used in place of a new one.
 
     Raises: TypeError for what is no encoder; ValueError where a name is not a
     task of the encoder.
@@ -89,6 +90,7 @@ class Ranker(nn.Module):
 
     trunk: nn.Module
     towers: nn.Module
+    whole_batches = False
 
     def __init__(
         self,
@@ -106,7 +108,21 @@ class Ranker(nn.Module):
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch outputs"]:
         """The logits of every task, in the order of `outputs`."""
-        return self.towers(self.trunk(self.embedding(batch)))
+        features = self.embedding(batch)
+        pieces = [self.towers(self.trunk(rows)) for rows in self.pieces(features)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def pieces(
+        self, features: Float[Tensor, "batch width"]
+    ) -> Sequence[Float[Tensor, "rows width"]]:
+        """The rows, on a CPU at most `CACHED_ROWS` at once."""
+        if torch.compiler.is_compiling() or features.device.type != "cpu":
+            return [features]
+        count = -(-len(features) // CACHED_ROWS)
+        norms = (isinstance(part, BATCH_NORMS) for part in self.modules())
+        if count < 2 or self.whole_batches or (self.training and any(norms)):
+            return [features]
+        return features.chunk(count)
 
     def labels(self, batch: Batch) -> Float[Tensor, "batch tasks"]:
         """The label columns of the model's own tasks."""
@@ -163,6 +179,10 @@ class Ranker(nn.Module):
                 f"these weights are of a model laid out as {state!r}; this model is"
                 f" laid out as {layouts(self)!r}"
             )
+
+
+CACHED_ROWS = 1024
+BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
 
 
 # Chapter 'Training', section 'The smallest model'
@@ -321,13 +341,13 @@ def placed(model: Ranker, device: torch.device | str | None) -> Ranker:
     return model.to(device)
 
 
-SCORING_ROWS, CACHED_ROWS = 8192, 1024
+SCORING_ROWS, LARGEST_KEPT = 8192, 2**25 - 2**14
 
 
 # Chapter 'Training', section 'Predict and evaluate'
-def scoring_slices(rows: Batch, size: int, device: torch.device) -> Iterator[Batch]:
-    """At most `size` rows at a time, on a CPU at most `CACHED_ROWS`."""
-    return slices(rows, min(size, CACHED_ROWS) if device.type == "cpu" else size)
+def keep_memory() -> None:
+    """Free a large tensor: from then on the C library keeps what smaller ones free."""
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8)
 
 
 # Chapter 'Training', section 'Predict and evaluate'
@@ -357,7 +377,7 @@ def predict(
     The rows keep the batch's order and get the `index`, such as `table.index`,
     or are numbered from 0. All columns are float64, whatever the model's type.
     `device` moves the model there, as `model.to(device)` does. `batch_size` is the
-    most rows that are scored at once; on a CPU there are never more than 1,024.
+    most rows that are scored at once.
     Raises: TypeError, ValueError for what is no model, no batch, no size or no
     device, and for an index of another length.
     """
@@ -369,7 +389,8 @@ def predict(
             f"index: expected {len(batch)} values, one for each row, found {len(index)}"
         )
     place = home(placed(model, device))
-    parts = scoring_slices(batch, batch_size, place[0])
+    parts = slices(batch, batch_size)
+    keep_memory()
     with scoring(model):
         found = [
             double_predictions(model, part, model(part))
@@ -829,7 +850,7 @@ class Run:
         """A set of rows as the model sees it now: joint loss, losses, metrics."""
         rows, names = self.rows[name], list(self.metrics(name))
         with scoring(self.model):
-            parts = scoring_slices(rows, SCORING_ROWS, self.device)
+            parts = slices(rows, SCORING_ROWS)
             logits = torch.cat([self.model(part) for part in parts])
             losses = self.model.losses(rows, logits)
             joint = float(self.model.joint(losses))
@@ -1254,6 +1275,7 @@ def prepare(
     check_metrics(settings.metrics, model.tasks, grouped=bool(groups))
     check_precision(model, settings.precision)
     check_last_batch(model, len(rows["train"]), settings.batch_size)
+    keep_memory()
     run = Run(placed(model, device), rows, settings, groups)
     run.check_monitor()
     return run

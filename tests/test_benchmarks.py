@@ -41,6 +41,7 @@ from benchmarks.rows import INPUTS, WIDTH, random_rows
 from benchmarks.store import MADE_WITH, Store
 from benchmarks.suites import Command
 from benchmarks.turns import WORKERS, Load, Turn, Worker, WorkerError, interleave
+from mtl_annotated import training
 
 MODELS = tuple(networks.SIZES)
 COLUMNS = {
@@ -675,10 +676,13 @@ def test_details_compare_lookups_and_slices(command, monkeypatch):
     command.repeats = 1
     monkeypatch.setattr(details, "VOCABULARIES", (300, 900))
     monkeypatch.setattr(details, "LARGEST_DENSE", 300)
+    monkeypatch.setattr(details, "AT_ONCE", (32, 4096))
+    command.models = ["MMoE", "ESMM"]
     details.run(command)
+    assert training.CACHED_ROWS == 1024
     assert [line["variant"] for line in command.lines] == [
         *details.LOOKUPS,
-        *map(str, details.SLICES),
+        *["32", "4096"] * 4,
         "by row",
         "dense",
         "by row",
@@ -729,7 +733,6 @@ def test_the_plain_loop_with_the_fused_adam_trains_and_does_not_predict():
     command = Command(competitors=suites.own_competitors())
     assert FUSED in suites.taking_part(command, "train")
     assert FUSED not in suites.taking_part(command, "predict")
-    assert command.sizes("predict") == (256, 1024)
 
 
 def test_a_file_that_is_no_file_of_results_is_refused(tmp_path):

@@ -160,6 +160,56 @@ def test_joint_knows_the_epoch(epoch):
     assert whole.joint(losses).item() == 6
 
 
+class Counting(nn.Linear):
+    """A layer that notes how many rows each call has."""
+
+    def forward(self, features):
+        self.seen = [*getattr(self, "seen", []), len(features)]
+        return super().forward(features)
+
+
+def counting(trunk: nn.Module) -> Ranker:
+    torch.manual_seed(0)
+    asked = Linear(ENCODER).double()
+    asked.trunk, asked.towers = trunk, Counting(asked.embedding.width, 5).double()
+    return asked
+
+
+MANY = ENCODER.transform(table(2049)).to(dtype=torch.float64)
+
+
+def test_a_large_batch_goes_through_in_pieces_and_nothing_else_changes(monkeypatch):
+    asked, found = counting(nn.Identity()), {}
+    for most in (1024, 2049):
+        monkeypatch.setattr(training, "CACHED_ROWS", most)
+        asked.zero_grad()
+        asked.towers.seen = []
+        logits = asked(MANY)
+        asked.loss(MANY).backward()
+        slopes = [parameter.grad.clone() for parameter in asked.parameters()]
+        found[most] = [logits.detach(), *slopes]
+        pieces = [683, 683, 683] if most == 1024 else [2049]
+        assert asked.towers.seen == pieces * 2
+    for cut, whole in zip(*found.values(), strict=True):
+        torch.testing.assert_close(cut, whole, rtol=0, atol=1e-14)
+    asked.towers.seen = []
+    monkeypatch.undo()
+    asked(MANY[:1024]), asked(MANY[:1025]), asked(MANY[:0])
+    assert asked.towers.seen == [1024, 513, 512, 0]
+
+
+def test_batch_normalization_and_who_asks_for_it_see_a_batch_as_a_whole():
+    asked = counting(nn.BatchNorm1d(4).double())
+    asked(MANY)
+    assert asked.towers.seen == [2049]
+    asked.eval()(MANY)
+    assert asked.towers.seen == [2049, 683, 683, 683]
+    asked = counting(nn.Identity())
+    asked.whole_batches = True
+    asked(MANY)
+    assert asked.towers.seen == [2049]
+
+
 def test_predictions_are_probabilities_and_values():
     whole = model()
     found, logits = predict(whole, TRAIN), whole(TRAIN).detach().double()
