@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from datetime import date
 from functools import cached_property
 from numbers import Integral, Number, Real
@@ -627,6 +627,7 @@ class Batch:
     labels   [batch, tasks]      NaN: no label
     weights  [batch] or None     row weights
     encoder  str or None         the fingerprint of the encoder that made it
+    clean    bool                known: no label is missing, each id is in its table
     """
 
     ids: Int[Tensor, "batch positions"]
@@ -634,6 +635,7 @@ class Batch:
     labels: Float[Tensor, "batch tasks"]
     weights: Float[Tensor, " batch"] | None = None
     encoder: str | None = None
+    clean: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -655,7 +657,7 @@ class Batch:
             )
         weights = None if self.weights is None else self.weights[rows]
         ids, dense, labels = self.ids[rows], self.dense[rows], self.labels[rows]
-        return Batch(ids, dense, labels, weights, self.encoder)
+        return Batch(ids, dense, labels, weights, self.encoder, self.clean)
 
     def to(
         self,
@@ -672,6 +674,7 @@ class Batch:
             self.labels.to(device=device, dtype=dtype),
             None if weights is None else weights.to(device=device, dtype=dtype),
             self.encoder,
+            self.clean,
         )
 
 
@@ -1290,10 +1293,19 @@ class FeatureEmbedding(nn.Module):
         parts = cut(values, list(self.counts.values()))
         return dict(zip(self.counts, parts, strict=True))
 
-    def look_up(self, ids: Int[Tensor, "batch positions"]) -> dict[int, Tensor]:
+    def inside(
+        self, ids: Int[Tensor, "batch positions"]
+    ) -> Bool[Tensor, "batch positions"]:
+        """Which ids, sorted by `order`, lie in their tables; padding lies in none."""
+        return ids.clamp(min=0).minimum(self.last) == ids
+
+    def look_up(
+        self, ids: Int[Tensor, "batch positions"], *, clean: bool
+    ) -> dict[int, Tensor]:
         """The vectors of ids: for each width [batch, its positions, width]."""
-        inside = ids.clamp(min=0).minimum(self.last) == ids
-        packed = self.by_width(ids * inside + self.first)
+        if not clean or self.pooled:
+            ids = ids * self.inside(ids)
+        packed = self.by_width(ids + self.first)
         return {
             width: read_rows(
                 self.weights[str(width)], rows, sparse=width in self.by_row
@@ -1330,16 +1342,34 @@ class FeatureEmbedding(nn.Module):
         Raises: ValueError for a batch of another encoder.
         """
         self.check(batch)
-        ids = batch.ids if self.in_order else batch.ids.index_select(1, self.order)
-        parts = masks = self.in_pieces(self.look_up(ids), batch.dense)
+        ids = self.arranged(batch.ids)
+        vectors = self.look_up(ids, clean=batch.clean)
+        parts = masks = self.in_pieces(vectors, batch.dense)
         if self.pooled:
             real = self.by_width(ids != PADDING)
             masks = self.in_pieces(real, batch.dense)
-        vectors = [
+        flat = [
             part.flatten(1) if pooling is None else pool(part, mask, pooling)
             for (*_, pooling), part, mask in zip(self.pieces, parts, masks, strict=True)
         ]
-        return torch.cat(vectors, 1)
+        return torch.cat(flat, 1)
+
+    def arranged(
+        self, ids: Int[Tensor, "rows positions"]
+    ) -> Int[Tensor, "rows positions"]:
+        """The columns of ids, those of one width next to each other."""
+        return ids if self.in_order else ids.index_select(1, self.order)
+
+    def inspected(self, batch: Batch) -> Batch:
+        """The batch, `clean` if no label is missing and each id lies in its table.
+
+        Raises: ValueError for a batch of another encoder.
+        """
+        self.check(batch)
+        clean = not batch.labels.isnan().any()
+        for ids in map(self.arranged, batch.ids.split(BLOCK)):
+            clean = clean and bool((self.inside(ids) | (ids == PADDING)).all())
+        return replace(batch, clean=clean)
 
     def get_extra_state(self) -> str:
         """The fingerprint, to be stored with the weights."""

@@ -271,10 +271,12 @@ def task_losses(
     labels: Float[Tensor, "batch tasks"],
     tasks: Iterable[Task],
     weights: Float[Tensor, " batch"] | None = None,
+    *,
+    complete: bool = False,
 ) -> Float[Tensor, " tasks"]:
     """Each task's mean loss over the rows with its label; 0 where none has it.
 
-    Labels are NaN where missing. Labels are not checked to be 0, 1 or a class:
+    Labels are NaN where missing; `complete` says that none is. Labels are not checked to be 0, 1 or a class:
     the encoder does that once, and not at every step. A weight multiplies its
     row's loss; the mean divides by the number of labels on rows of weight > 0.
     Raises: ValueError where a shape does not fit the tasks.
@@ -283,6 +285,8 @@ def task_losses(
     tasks = check_tasks(tasks)
     check_shapes(logits, labels, tasks, weights)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if complete and weights is None and len(labels):
+        return row_losses(tasks, logits, labels.to(logits.dtype)).mean(0)
     valid = ~labels.isnan()
     known = labels.where(valid, 0).to(logits.dtype)
     return masked_mean(row_losses(tasks, logits, known), valid, weights)

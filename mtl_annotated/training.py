@@ -135,7 +135,10 @@ class Ranker(nn.Module):
     ) -> Float[Tensor, " tasks"]:
         """Each task's mean loss over its valid labels; `logits` saves a forward."""
         logits = self(batch) if logits is None else logits
-        return task_losses(logits, self.labels(batch), self.tasks, batch.weights)
+        labels = self.labels(batch)
+        return task_losses(
+            logits, labels, self.tasks, batch.weights, complete=batch.clean
+        )
 
     def joint(
         self, losses: Float[Tensor, " tasks"], epoch: int = 0
@@ -770,7 +773,10 @@ class Run:
     ) -> None:
         self.model, self.settings, self.groups = model, settings, groups
         self.device, dtype = home(model)
-        self.rows = {name: each.to(self.device, dtype) for name, each in rows.items()}
+        self.rows = {
+            name: model.embedding.inspected(each.to(self.device, dtype))
+            for name, each in rows.items()
+        }
         self.steps = ceil(len(rows["train"]) / settings.batch_size)
         self.frozen = frozen_parts(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]

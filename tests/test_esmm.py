@@ -738,7 +738,7 @@ assert torch.equal(loss(batch), model.loss(batch))
 EXPORTED = """
 by_row = {0: torch.export.Dim("rows")}
 rows = encoded(count=211)[1]
-shapes = ([by_row] * 3 + [None],)
+shapes = ([by_row] * 3 + [None, None],)
 program = torch.export.export(model, (rows[:5],), dynamic_shapes=shapes)
 for count in (1, 211):
     found = program.module()(rows[:count])

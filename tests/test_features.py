@@ -1424,10 +1424,10 @@ def test_dtype_changes_floats_only(encoder, rows):
 def test_batches_can_be_taken_apart_and_put_together(encoder, rows):
     batch = encoder.transform(rows)
     parts, how = torch.utils._pytree.tree_flatten(batch)
-    assert len(parts) == 4
+    assert len(parts) == 5
     for part, own in zip(parts, (batch.ids, batch.dense, batch.labels), strict=False):
         assert part is own
-    assert parts[3] == encoder.fingerprint
+    assert parts[3:] == [encoder.fingerprint, False]
     again = torch.utils._pytree.tree_unflatten(parts, how)
     assert again.weights is None
     assert vars(again).keys() == vars(batch).keys()
@@ -1622,6 +1622,39 @@ def test_an_id_beyond_its_table_reads_row_0_of_that_table(encoder, rows):
         embedding.weights["2"][4] = 1.0  # row 0 of item, right below user's rows
     just_beyond = Batch(torch.full_like(batch.ids, 4), batch.dense, batch.labels)
     assert embedding(just_beyond).tolist() == [[0.0, 0.0, 1.0, 1.0]] * 5
+
+
+def test_only_a_batch_without_gaps_and_strays_is_clean(encoder, rows):
+    embedding, batch = FeatureEmbedding(encoder), encoder.transform(rows)
+    whole = replace(batch, labels=torch.ones_like(batch.labels))
+    found = embedding.inspected(whole)
+    assert found.clean
+    assert not batch.clean
+    assert found[:2].clean
+    assert found.to(dtype=torch.float64).clean
+    gap = whole.labels.clone()
+    gap[-1, 1] = torch.nan
+    assert not embedding.inspected(replace(whole, labels=gap)).clean
+    for column, stray in ((0, 10_000), (0, -1), (1, -2)):
+        ids = whole.ids.clone()
+        ids[-1, column] = stray
+        padding = stray == -1
+        assert embedding.inspected(replace(whole, ids=ids)).clean == padding
+    assert not embedding.inspected(replace(found, labels=gap)).clean
+    other = Encoder([Sparse("user")], TASKS).fit(rows)
+    with pytest.raises(ValueError, match="come from different encoders"):
+        embedding.inspected(other.transform(rows))
+
+
+def test_a_clean_batch_gives_the_vectors_that_it_gave_before(encoder, rows):
+    columns = [Sparse("user", width=2), Sparse("item", width=2)]
+    plain = Encoder(columns, TASKS).fit(rows)
+    for each in (encoder, plain):
+        embedding, batch = FeatureEmbedding(each), each.transform(rows)
+        with torch.no_grad():
+            for weight in embedding.weights.values():
+                weight.normal_()
+        assert torch.equal(embedding(replace(batch, clean=True)), embedding(batch))
 
 
 def test_a_batch_of_another_encoder_is_refused(encoder, rows):

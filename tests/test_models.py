@@ -448,7 +448,7 @@ for name, build in ALL.items():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for count in (5, 1, 211):
         assert torch.equal(compiled(batch[:count]), model(batch[:count])), name
-    shapes = ([by_row] * 3 + [None],)
+    shapes = ([by_row] * 3 + [None, None],)
     program = torch.export.export(model, (batch[:5],), dynamic_shapes=shapes)
     for count in (1, 5, 211):
         found = program.module()(batch[:count])

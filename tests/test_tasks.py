@@ -228,6 +228,16 @@ def test_task_losses_equal_a_loop(weighted):
     assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rows", [7, 1, 0])
+def test_complete_labels_need_no_mask(weighted, rows):
+    logits, labels, weights = (part[:rows] for part in batch())
+    weights = weights if weighted else None
+    found = task_losses(logits, labels, TASKS, weights, complete=True)
+    masked = task_losses(logits, labels, TASKS, weights)
+    assert found.tolist() == pytest.approx(masked.tolist(), rel=1e-14)
+
+
 def test_joint_loss_is_the_weighted_sum():
     logits, labels, weights = batch()
     losses = task_losses(logits, labels, TASKS, weights).tolist()

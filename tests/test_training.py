@@ -21,7 +21,7 @@ from sklearn.exceptions import UndefinedMetricWarning
 from torch import nn
 
 from mtl_annotated import training
-from mtl_annotated.features import Dense, Encoder, Sparse
+from mtl_annotated.features import Dense, Encoder, FeatureEmbedding, Sparse
 from mtl_annotated.tasks import METRICS, Task, joint_loss, measure, weighted_sum
 from mtl_annotated.training import (
     History,
@@ -196,6 +196,38 @@ def test_a_large_batch_goes_through_in_pieces_and_nothing_else_changes(monkeypat
     monkeypatch.undo()
     asked(MANY[:1024]), asked(MANY[:1025]), asked(MANY[:0])
     assert asked.towers.seen == [1024, 513, 512, 0]
+
+
+@pytest.mark.parametrize("gap", [None, "label", "weights", "id"])
+def test_fit_looks_once_and_trains_the_same(monkeypatch, gap):
+    whole = TRAIN.to(dtype=torch.float64)
+    whole = replace(whole, labels=whole.labels.nan_to_num(1.0), weights=None)
+    if gap == "label":
+        whole.labels[3, 1] = torch.nan
+    if gap == "id":
+        whole.ids[3, 0] = 10_000
+    if gap == "weights":
+        whole = replace(whole, weights=torch.arange(200) % 3.0)
+    kept, seen = {}, set()
+    inspected = FeatureEmbedding.inspected
+    for clean in (True, False):
+        asked = model()
+        settings = {**QUIET, "epochs": 2}
+        if not clean:
+            monkeypatch.setattr(FeatureEmbedding, "inspected", lambda _, batch: batch)
+        losses = asked.losses
+
+        def watched(batch, *rest, losses=losses):
+            seen.add(batch.clean)
+            return losses(batch, *rest)
+
+        asked.losses = watched
+        fit(asked, whole, **settings)
+        kept[clean] = {k: v for k, v in asked.state_dict().items() if "extra" not in k}
+    assert FeatureEmbedding.inspected is not inspected
+    assert seen == ({True, False} if gap in (None, "weights") else {False})
+    for name, value in kept[True].items():
+        torch.testing.assert_close(value, kept[False][name], rtol=0, atol=1e-12)
 
 
 def test_batch_normalization_and_who_asks_for_it_see_a_batch_as_a_whole():
