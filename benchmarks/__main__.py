@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         type=positive,
         metavar="N",
-        default=[256, 4096],
+        default=list(Command.batch_sizes),
         help="default 256 4096",
     )
     add(

@@ -132,7 +132,9 @@ class Variant(nn.Module):
 
     def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
         x = self.features(ids, dense)
-        if "rows in pieces" in self.tricks and len(x) > CACHED_ROWS:
+        # As the package: a compiled program takes its rows as they come.
+        cut = "rows in pieces" in self.tricks and not torch.compiler.is_compiling()
+        if cut and len(x) > CACHED_ROWS:
             return torch.cat([self.logits(rows) for rows in x.split(CACHED_ROWS)])
         return self.logits(x)
 

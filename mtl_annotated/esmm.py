@@ -40,8 +40,8 @@ def signed_loss(
     logits: Float[Tensor, "*shape"], labels: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
     """The cross-entropy of each logit and its label, 0 or 1."""
-    # Not PyTorch's binary_cross_entropy_with_logits: for label 0 it subtracts
-    # log σ(z) from z, and rounds a loss of 2e-9 at z = -20 to 0.
+    # The sign is 2y - 1. Not PyTorch's binary_cross_entropy_with_logits: for label 0
+    # it subtracts log σ(z) from z, and rounds a loss of 2e-9 at z = -20 to 0.
     return -F.logsigmoid(logits * (2 * labels - 1))
 
 
@@ -179,6 +179,7 @@ class ESMM(Ranker):
         check_built(built, names)
         super().__init__(encoder, tasks=names, embedding=built.embedding)
         self.trunk, self.towers = built.trunk, built.towers
+        self.whole_batches = built.whole_batches
         self.funnel, self.tasks = funnel, derived_tasks(*funnel)
         self.outputs = tuple(task.name for task in self.tasks)
         self.layout = f"click {click!r}, conversion {conversion!r}"

@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, replace
 from datetime import date
 from functools import cached_property
 from numbers import Integral, Number, Real
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -628,6 +628,7 @@ class Batch:
     weights  [batch] or None     row weights
     encoder  str or None         the fingerprint of the encoder that made it
     clean    bool                known: no label is missing, each id is in its table
+                                 or padding of a sequence
     """
 
     ids: Int[Tensor, "batch positions"]
@@ -635,10 +636,15 @@ class Batch:
     labels: Float[Tensor, "batch tasks"]
     weights: Float[Tensor, " batch"] | None = None
     encoder: str | None = None
-    clean: bool = False
+    clean: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def marked(self, clean: bool) -> Batch:
+        """This batch, with the mark."""
+        object.__setattr__(self, "clean", clean)
+        return self
 
     def __repr__(self) -> str:
         tensors = {name: getattr(self, name) for name in ("ids", "dense", "labels")}
@@ -657,7 +663,7 @@ class Batch:
             )
         weights = None if self.weights is None else self.weights[rows]
         ids, dense, labels = self.ids[rows], self.dense[rows], self.labels[rows]
-        return Batch(ids, dense, labels, weights, self.encoder, self.clean)
+        return Batch(ids, dense, labels, weights, self.encoder).marked(self.clean)
 
     def to(
         self,
@@ -668,14 +674,14 @@ class Batch:
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype is for the floats, found {dtype}; ids stay int64")
         weights = self.weights
-        return Batch(
+        moved = Batch(
             self.ids.to(device=device),
             self.dense.to(device=device, dtype=dtype),
             self.labels.to(device=device, dtype=dtype),
             None if weights is None else weights.to(device=device, dtype=dtype),
             self.encoder,
-            self.clean,
         )
+        return moved.marked(self.clean)
 
 
 # Chapter 'Features', section 'The encoder'
@@ -1300,10 +1306,13 @@ class FeatureEmbedding(nn.Module):
         return ids.clamp(min=0).minimum(self.last) == ids
 
     def look_up(
-        self, ids: Int[Tensor, "batch positions"], *, clean: bool
+        self, ids: Int[Tensor, "batch positions"], *, trusted: bool
     ) -> dict[int, Tensor]:
-        """The vectors of ids: for each width [batch, its positions, width]."""
-        if not clean or self.pooled:
+        """The vectors of ids: for each width [batch, its positions, width].
+
+        Ids that are not trusted to lie in their tables are compared with them.
+        """
+        if not trusted:
             ids = ids * self.inside(ids)
         packed = self.by_width(ids + self.first)
         return {
@@ -1343,7 +1352,9 @@ class FeatureEmbedding(nn.Module):
         """
         self.check(batch)
         ids = self.arranged(batch.ids)
-        vectors = self.look_up(ids, clean=batch.clean)
+        # A compiled program would otherwise be compiled for clean batches and for others.
+        looks = torch.compiler.is_compiling() or self.pooled or not batch.clean
+        vectors = self.look_up(ids, trusted=not looks)
         parts = masks = self.in_pieces(vectors, batch.dense)
         if self.pooled:
             real = self.by_width(ids != PADDING)
@@ -1361,15 +1372,20 @@ class FeatureEmbedding(nn.Module):
         return ids if self.in_order else ids.index_select(1, self.order)
 
     def inspected(self, batch: Batch) -> Batch:
-        """The batch, `clean` if no label is missing and each id lies in its table.
+        """The same rows, `clean` if no label is missing and each id lies in its table.
 
-        Raises: ValueError for a batch of another encoder.
+        One missing label, of whatever task, is enough for no. Padding is fine where there
+        are sequences. Raises: ValueError for a batch of another encoder.
         """
         self.check(batch)
         clean = not batch.labels.isnan().any()
-        for ids in map(self.arranged, batch.ids.split(BLOCK)):
-            clean = clean and bool((self.inside(ids) | (ids == PADDING)).all())
-        return replace(batch, clean=clean)
+        for part in batch.ids.split(BLOCK):
+            if not clean:
+                break
+            ids = self.arranged(part)
+            inside = self.inside(ids)
+            clean = bool((inside | (ids == PADDING) if self.pooled else inside).all())
+        return replace(batch).marked(clean)
 
     def get_extra_state(self) -> str:
         """The fingerprint, to be stored with the weights."""

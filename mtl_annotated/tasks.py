@@ -276,9 +276,10 @@ def task_losses(
 ) -> Float[Tensor, " tasks"]:
     """Each task's mean loss over the rows with its label; 0 where none has it.
 
-    Labels are NaN where missing; `complete` says that none is. Labels are not checked to be 0, 1 or a class:
-    the encoder does that once, and not at every step. A weight multiplies its
-    row's loss; the mean divides by the number of labels on rows of weight > 0.
+    Labels are NaN where missing; `complete` says that none is, and is believed.
+    Labels are not checked to be 0, 1 or a class: the encoder does that once, and
+    not at every step. A weight multiplies its row's loss; the mean divides by the
+    number of labels on rows of weight > 0.
     Raises: ValueError where a shape does not fit the tasks.
     Source: Tang et al. (2020), PLE, equation 9, over a batch, with row weights.
     """

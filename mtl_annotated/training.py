@@ -80,9 +80,9 @@ class Ranker(nn.Module):
     A subclass sets `trunk` and `towers` in its `__init__`. One that reads its
     logits in another way overrides `losses` and `predictions`; one that adds up
     the tasks in another way overrides `joint`; one that cannot represent all
-    labels overrides `check`. One whose trunk or towers compare rows with one another
-    sets `whole_batches`; batch normalization is noticed without. `tasks` chooses
-    tasks by name. `embedding` is used in place of a new one.
+    labels overrides `check`. One whose trunk or towers must see a batch as a whole
+    sets `whole_batches`; batch normalization needs no word. `tasks` chooses tasks
+    by name. `embedding` is used in place of a new one.
 
     Raises: TypeError for what is no encoder; ValueError where a name is not a
     task of the encoder.
@@ -109,20 +109,21 @@ class Ranker(nn.Module):
     def forward(self, batch: Batch) -> Float[Tensor, "batch outputs"]:
         """The logits of every task, in the order of `outputs`."""
         features = self.embedding(batch)
-        pieces = [self.towers(self.trunk(rows)) for rows in self.pieces(features)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        logits = [self.towers(self.trunk(rows)) for rows in self.split_rows(features)]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def pieces(
+    def split_rows(
         self, features: Float[Tensor, "batch width"]
-    ) -> Sequence[Float[Tensor, "rows width"]]:
-        """The rows, on a CPU at most `CACHED_ROWS` at once."""
+    ) -> Sequence[Float[Tensor, "_ width"]]:
+        """The rows, on a CPU at most `CACHED_ROWS` at once where that changes nothing."""
+        # Asked first: a traced program must not learn how many rows there are.
         if torch.compiler.is_compiling() or features.device.type != "cpu":
             return [features]
-        count = -(-len(features) // CACHED_ROWS)
-        norms = (isinstance(part, BATCH_NORMS) for part in self.modules())
-        if count < 2 or self.whole_batches or (self.training and any(norms)):
+        if len(features) <= CACHED_ROWS or torch.is_autocast_enabled("cpu"):
             return [features]
-        return features.chunk(count)
+        if self.whole_batches or any(map(normalizes_rows, self.modules())):
+            return [features]
+        return features.chunk(-(-len(features) // CACHED_ROWS))
 
     def labels(self, batch: Batch) -> Float[Tensor, "batch tasks"]:
         """The label columns of the model's own tasks."""
@@ -136,9 +137,9 @@ class Ranker(nn.Module):
         """Each task's mean loss over its valid labels; `logits` saves a forward."""
         logits = self(batch) if logits is None else logits
         labels = self.labels(batch)
-        return task_losses(
-            logits, labels, self.tasks, batch.weights, complete=batch.clean
-        )
+        # A subclass's own labels may have gaps where the batch has none.
+        complete = batch.clean and type(self).labels is Ranker.labels
+        return task_losses(logits, labels, self.tasks, batch.weights, complete=complete)
 
     def joint(
         self, losses: Float[Tensor, " tasks"], epoch: int = 0
@@ -184,8 +185,16 @@ class Ranker(nn.Module):
             )
 
 
+# `python -m benchmarks details` measures it.
 CACHED_ROWS = 1024
-BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+# Chapter 'Training', section 'The smallest model'
+def normalizes_rows(part: nn.Module) -> bool:
+    """Whether a layer normalizes by the rows that it is given."""
+    norm = isinstance(part, BATCH_NORMS)
+    return norm and (part.training or part.running_mean is None)
 
 
 # Chapter 'Training', section 'The smallest model'
@@ -344,13 +353,15 @@ def placed(model: Ranker, device: torch.device | str | None) -> Ranker:
     return model.to(device)
 
 
-SCORING_ROWS, LARGEST_KEPT = 8192, 2**25 - 2**14
+SCORING_ROWS = 8192
+# With its header and rounded up, the block must be no larger than 32 MiB.
+LARGEST_KEPT = 2**25 - 2**14
 
 
 # Chapter 'Training', section 'Predict and evaluate'
 def keep_memory() -> None:
-    """Free a large tensor: from then on the C library keeps what smaller ones free."""
-    torch.empty(LARGEST_KEPT, dtype=torch.uint8)
+    """Let glibc keep freed memory for the next slice, from now on."""
+    np.empty(LARGEST_KEPT, np.uint8)
 
 
 # Chapter 'Training', section 'Predict and evaluate'
@@ -773,10 +784,11 @@ class Run:
     ) -> None:
         self.model, self.settings, self.groups = model, settings, groups
         self.device, dtype = home(model)
-        self.rows = {
-            name: model.embedding.inspected(each.to(self.device, dtype))
-            for name, each in rows.items()
-        }
+        self.rows = {}
+        for name, each in rows.items():
+            with naming(name):
+                moved = each.to(self.device, dtype)
+                self.rows[name] = model.embedding.inspected(moved)
         self.steps = ceil(len(rows["train"]) / settings.batch_size)
         self.frozen = frozen_parts(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -1098,8 +1110,7 @@ def check_last_batch(model: Ranker, rows: int, batch_size: int) -> None:
     """Refuse a last batch of one row where a layer normalizes over batches."""
     frozen = frozen_parts(model)
     normalized = any(
-        isinstance(part, nn.BatchNorm1d) and part not in frozen
-        for part in model.modules()
+        isinstance(part, BATCH_NORMS) and part not in frozen for part in model.modules()
     )
     if normalized and (rows - 1) % batch_size == 0:
         raise ValueError(

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import mtl_annotated as mtl
 from benchmarks import __main__ as command_line
 from benchmarks import (
     details,
@@ -525,15 +526,36 @@ def test_replicas_end_where_each_model_ends_alone(study):
     assert replicas.check(study) < 1e-10
 
 
+class Watched:
+    """Stands for `Variant.logits`, and notes how many rows each call has."""
+
+    def __init__(self):
+        self.rows, self.inner = [], tricks.Variant.logits
+
+    def __get__(self, variant, _):
+        def logits(x):
+            self.rows.append(len(x))
+            return self.inner(variant, x)
+
+        return logits
+
+
 UNCOMPILED = tuple(n for n, _ in tricks.ladder() if n != "torch.compile")
 
 
 def test_every_trick_computes_the_plain_loop_s_gradients(monkeypatch):
+    monkeypatch.setattr(tricks, "CACHED_ROWS", 64)
+    monkeypatch.setattr(tricks.Variant, "logits", watched := Watched())
     rows = random_rows(400, 50)
     model = networks.build("MMoE", rows.encoder)
     gaps = tricks.check(model, rows.encoder, rows.train, UNCOMPILED)
     assert set(gaps) == set(UNCOMPILED)
     assert all(gap < 1e-10 for gap in gaps.values())
+    pieces = UNCOMPILED[UNCOMPILED.index("rows in pieces") :]
+    assert watched.rows == [321] * (len(UNCOMPILED) - len(pieces)) + [
+        *[64] * 5,
+        1,
+    ] * len(pieces)
     backward = tricks.ExpertBank.backward
 
     def swapped(context, *gradients):
@@ -672,14 +694,23 @@ def test_variants_of_a_table_take_turns_and_share_their_reading(command, monkeyp
     assert len(command.lines) == len(speeds) + len(vocabulary.STATE)
 
 
-def test_details_compare_lookups_and_slices(command, monkeypatch):
+def test_details_compare_lookups_rows_at_once_and_updates(command, monkeypatch):
     command.repeats = 1
     monkeypatch.setattr(details, "VOCABULARIES", (300, 900))
     monkeypatch.setattr(details, "LARGEST_DENSE", 300)
     monkeypatch.setattr(details, "AT_ONCE", (32, 4096))
     command.models = ["MMoE", "ESMM"]
+    asked, forward = set(), mtl.Ranker.forward
+
+    def watched(self, batch):
+        asked.add((type(self).__name__, self.training, training.CACHED_ROWS))
+        return forward(self, batch)
+
+    monkeypatch.setattr(mtl.Ranker, "forward", watched)
     details.run(command)
     assert training.CACHED_ROWS == 1024
+    variants = product(("MMoE", "ESMM"), (True, False), (32, 4096))
+    assert asked == set(variants)
     assert [line["variant"] for line in command.lines] == [
         *details.LOOKUPS,
         *["32", "4096"] * 4,

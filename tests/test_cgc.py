@@ -548,7 +548,7 @@ assert torch.equal(compiled(batch), model(batch))
 EXPORTED = """
 by_row = {0: torch.export.Dim("rows")}
 rows = encoded(BINARY, 211)[1]
-shapes = ([by_row] * 3 + [None, None],)
+shapes = ([by_row] * 3 + [None],)
 program = torch.export.export(model, (rows[:5],), dynamic_shapes=shapes)
 for number in (1, 211):
     found = program.module()(rows[:number])

@@ -403,6 +403,15 @@ def test_labels_that_nest_or_do_not_count_pass(click, purchase, weights):
     built(encoded()[0]).check(labeled(click, purchase, weights))
 
 
+class Whole(SharedBottom):
+    whole_batches = True
+
+
+def test_a_ranker_that_wants_whole_batches_gets_them():
+    assert built(encoded()[0], ranker=Whole).whole_batches
+    assert not built(encoded()[0]).whole_batches
+
+
 class OwnForward(SharedBottom):
     def forward(self, batch):
         return super().forward(batch) + 1
@@ -738,7 +747,7 @@ assert torch.equal(loss(batch), model.loss(batch))
 EXPORTED = """
 by_row = {0: torch.export.Dim("rows")}
 rows = encoded(count=211)[1]
-shapes = ([by_row] * 3 + [None, None],)
+shapes = ([by_row] * 3 + [None],)
 program = torch.export.export(model, (rows[:5],), dynamic_shapes=shapes)
 for count in (1, 211):
     found = program.module()(rows[:count])

@@ -1424,10 +1424,10 @@ def test_dtype_changes_floats_only(encoder, rows):
 def test_batches_can_be_taken_apart_and_put_together(encoder, rows):
     batch = encoder.transform(rows)
     parts, how = torch.utils._pytree.tree_flatten(batch)
-    assert len(parts) == 5
+    assert len(parts) == 4
     for part, own in zip(parts, (batch.ids, batch.dense, batch.labels), strict=False):
         assert part is own
-    assert parts[3:] == [encoder.fingerprint, False]
+    assert parts[3] == encoder.fingerprint
     again = torch.utils._pytree.tree_unflatten(parts, how)
     assert again.weights is None
     assert vars(again).keys() == vars(batch).keys()
@@ -1624,7 +1624,8 @@ def test_an_id_beyond_its_table_reads_row_0_of_that_table(encoder, rows):
     assert embedding(just_beyond).tolist() == [[0.0, 0.0, 1.0, 1.0]] * 5
 
 
-def test_only_a_batch_without_gaps_and_strays_is_clean(encoder, rows):
+def test_only_a_batch_without_gaps_and_strays_is_clean(encoder, rows, monkeypatch):
+    monkeypatch.setattr(features, "BLOCK", 2)
     embedding, batch = FeatureEmbedding(encoder), encoder.transform(rows)
     whole = replace(batch, labels=torch.ones_like(batch.labels))
     found = embedding.inspected(whole)
@@ -1640,7 +1641,16 @@ def test_only_a_batch_without_gaps_and_strays_is_clean(encoder, rows):
         ids[-1, column] = stray
         padding = stray == -1
         assert embedding.inspected(replace(whole, ids=ids)).clean == padding
-    assert not embedding.inspected(replace(found, labels=gap)).clean
+    assert not replace(found, labels=gap).clean
+    assert not replace(found, ids=found.ids + 10_000).clean
+    plain = Encoder([Sparse("user"), Sparse("item")], TASKS).fit(rows)
+    without = FeatureEmbedding(plain)
+    whole = replace(plain.transform(rows), labels=torch.ones_like(batch.labels))
+    assert without.inspected(whole).clean
+    for column, stray in ((0, -1), (1, -1), (1, 10_000)):
+        ids = whole.ids.clone()
+        ids[-1, column] = stray
+        assert not without.inspected(replace(whole, ids=ids)).clean
     other = Encoder([Sparse("user")], TASKS).fit(rows)
     with pytest.raises(ValueError, match="come from different encoders"):
         embedding.inspected(other.transform(rows))
@@ -1654,7 +1664,7 @@ def test_a_clean_batch_gives_the_vectors_that_it_gave_before(encoder, rows):
         with torch.no_grad():
             for weight in embedding.weights.values():
                 weight.normal_()
-        assert torch.equal(embedding(replace(batch, clean=True)), embedding(batch))
+        assert torch.equal(embedding(replace(batch).marked(True)), embedding(batch))
 
 
 def test_a_batch_of_another_encoder_is_refused(encoder, rows):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import mtl_annotated as mtl
+from mtl_annotated import big_tables, training
 from mtl_annotated.cgc import expert_counts
 from mtl_annotated.mmoe import expert_shapes
 from mtl_annotated.shared_bottom import (
@@ -435,12 +436,36 @@ def test_layers_are_built_without_memory_on_the_meta_device():
     assert all(parameter.is_meta for parameter in layer.parameters())
 
 
+@every_model
+@pytest.mark.parametrize("by_row", [False, True])
+def test_rows_in_pieces_change_neither_losses_nor_slopes(name, by_row, monkeypatch):
+    columns = [mtl.Sparse("item", width=3), mtl.Dense("price")]
+    columns += [mtl.Sequence("history", width=3, length=4)]
+    table = rows(23).assign(history=[[k % 5, k % 3][: k % 4] for k in range(23)])
+    encoder = mtl.Encoder(columns, BINARY).fit(table)
+    batch = encoder.transform(table).to(dtype=torch.float64)
+    torch.manual_seed(0)
+    model, found = ALL[name](encoder).double(), []
+    widths = [int(width) for width in model.embedding.weights] if by_row else []
+    for most in (5, 23):
+        monkeypatch.setattr(training, "CACHED_ROWS", most)
+        assert len(model.split_rows(torch.zeros(23, 1))) == (5 if most == 5 else 1)
+        model.zero_grad()
+        with big_tables.by_row(model.embedding, widths):
+            losses = model.losses(batch)
+            model.joint(losses).backward()
+        slopes = [p.grad.to_dense() for p in model.parameters()]
+        found.append([losses.detach(), *slopes])
+    for cut, whole in zip(*found, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=0, atol=1e-12)
+
+
 TRACED = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from test_models import ALL, BINARY, encoded
-encoder, batch = encoded(BINARY, count=211)
+encoder, batch = encoded(BINARY, count=2049)
 batch = batch.to(dtype=torch.float64)
 by_row = {{0: torch.export.Dim("rows")}}
 for name, build in ALL.items():
@@ -448,9 +473,10 @@ for name, build in ALL.items():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for count in (5, 1, 211):
         assert torch.equal(compiled(batch[:count]), model(batch[:count])), name
-    shapes = ([by_row] * 3 + [None, None],)
+    assert torch.allclose(compiled(batch), model(batch), rtol=0, atol=1e-12), name
+    shapes = ([by_row] * 3 + [None],)
     program = torch.export.export(model, (batch[:5],), dynamic_shapes=shapes)
-    for count in (1, 5, 211):
+    for count in (1, 5, 2049):
         found = program.module()(batch[:count])
         assert torch.allclose(found, model(batch[:count]), rtol=0, atol=1e-12), name
     torch._dynamo.reset()

@@ -577,7 +577,7 @@ by_row = {0: torch.export.Dim("rows")}
 other = encoded(BINARY, count=211)[1]
 weights = torch.ones(211, dtype=torch.float64)
 for rows, tensors in ((other, 3), (replace(other, weights=weights), 4)):
-    shapes = ([by_row] * tensors + [None, None],)
+    shapes = ([by_row] * tensors + [None],)
     program = torch.export.export(model, (rows[:5],), dynamic_shapes=shapes)
     for count in (1, 211):
         found = program.module()(rows[:count])

@@ -233,9 +233,23 @@ def test_task_losses_equal_a_loop(weighted):
 def test_complete_labels_need_no_mask(weighted, rows):
     logits, labels, weights = (part[:rows] for part in batch())
     weights = weights if weighted else None
-    found = task_losses(logits, labels, TASKS, weights, complete=True)
-    masked = task_losses(logits, labels, TASKS, weights)
-    assert found.tolist() == pytest.approx(masked.tolist(), rel=1e-14)
+    found, slopes = [], []
+    for complete in (True, False):
+        given = logits.clone().requires_grad_()
+        losses = task_losses(given, labels, TASKS, weights, complete=complete)
+        found.append(losses.detach())
+        slopes.append(torch.autograd.grad(losses.sum(), given)[0])
+    torch.testing.assert_close(*found, rtol=1e-14, atol=0)
+    torch.testing.assert_close(*slopes, rtol=1e-14, atol=0)
+
+
+def test_labels_that_are_said_to_be_complete_are_believed():
+    logits, labels, _ = batch()
+    labels[0, 1] = torch.nan
+    assert task_losses(logits, labels, TASKS, complete=True).isnan().tolist() == [
+        *[False, True],
+        *[False, False],
+    ]
 
 
 def test_joint_loss_is_the_weighted_sum():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jaxtyping
@@ -198,23 +199,32 @@ def test_a_large_batch_goes_through_in_pieces_and_nothing_else_changes(monkeypat
     assert asked.towers.seen == [1024, 513, 512, 0]
 
 
-@pytest.mark.parametrize("gap", [None, "label", "weights", "id"])
-def test_fit_looks_once_and_trains_the_same(monkeypatch, gap):
+def rows_with(gap):
+    """Training rows without gaps, but for the one that is named."""
     whole = TRAIN.to(dtype=torch.float64)
     whole = replace(whole, labels=whole.labels.nan_to_num(1.0), weights=None)
+    ids, labels, weights = whole.ids.clone(), whole.labels.clone(), None
     if gap == "label":
-        whole.labels[3, 1] = torch.nan
-    if gap == "id":
-        whole.ids[3, 0] = 10_000
-    if gap == "weights":
-        whole = replace(whole, weights=torch.arange(200) % 3.0)
-    kept, seen = {}, set()
+        labels[3, 1] = torch.nan
+    elif gap == "weights":
+        weights = torch.arange(200, dtype=torch.float64) % 3
+    elif gap is not None:
+        ids[3, 0] = gap
+    return replace(whole, ids=ids, labels=labels, weights=weights)
+
+
+@pytest.mark.parametrize("gap", [None, "label", "weights", 10_000, -1])
+def test_fit_looks_once_and_trains_the_same(monkeypatch, gap):
+    looks, seen, kept = [], set(), {}
     inspected = FeatureEmbedding.inspected
-    for clean in (True, False):
+
+    def counted(self, batch):
+        looks.append(len(batch))
+        return inspected(self, batch)
+
+    for look in (counted, lambda _, batch: batch):
+        monkeypatch.setattr(FeatureEmbedding, "inspected", look)
         asked = model()
-        settings = {**QUIET, "epochs": 2}
-        if not clean:
-            monkeypatch.setattr(FeatureEmbedding, "inspected", lambda _, batch: batch)
         losses = asked.losses
 
         def watched(batch, *rest, losses=losses):
@@ -222,24 +232,95 @@ def test_fit_looks_once_and_trains_the_same(monkeypatch, gap):
             return losses(batch, *rest)
 
         asked.losses = watched
-        fit(asked, whole, **settings)
-        kept[clean] = {k: v for k, v in asked.state_dict().items() if "extra" not in k}
-    assert FeatureEmbedding.inspected is not inspected
-    assert seen == ({True, False} if gap in (None, "weights") else {False})
-    for name, value in kept[True].items():
-        torch.testing.assert_close(value, kept[False][name], rtol=0, atol=1e-12)
+        fit(asked, rows_with(gap), VALID, **QUIET, epochs=2)
+        kept[look] = [v for k, v in asked.state_dict().items() if "extra" not in k]
+    assert looks == [200, 150]
+    assert (True in seen) == (gap in (None, "weights"))
+    for one, other in zip(*kept.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_batch_normalization_and_who_asks_for_it_see_a_batch_as_a_whole():
-    asked = counting(nn.BatchNorm1d(4).double())
+class OwnLabels(Linear):
+    """Of each click it knows every second one."""
+
+    def labels(self, batch):
+        labels = super().labels(batch).clone()
+        labels[::2, 0] = torch.nan
+        return labels
+
+
+class Masking(Linear):
+    """The same, by a batch of its own."""
+
+    def losses(self, batch, logits=None):
+        labels = batch.labels.clone()
+        labels[::2, 0] = torch.nan
+        return super().losses(replace(batch, labels=labels), logits)
+
+
+@pytest.mark.parametrize("kind", [OwnLabels, Masking])
+def test_labels_that_a_model_makes_may_have_gaps(kind):
+    asked = kind(ENCODER)
+    found = fit(asked, rows_with(None), **QUIET, epochs=1)
+    assert found["loss"].notna().all()
+
+
+def by_mode(layer, training, model_training):
+    asked = counting(layer.double())
+    asked.train(model_training)
+    asked.trunk.train(training)
     asked(MANY)
-    assert asked.towers.seen == [2049]
-    asked.eval()(MANY)
-    assert asked.towers.seen == [2049, 683, 683, 683]
+    return len(asked.towers.seen)
+
+
+def test_batch_normalization_sees_a_batch_as_a_whole_where_it_reads_it():
+    norm, untracked = nn.BatchNorm1d, partial(nn.BatchNorm1d, track_running_stats=False)
+    assert by_mode(norm(4), training=True, model_training=True) == 1
+    assert by_mode(norm(4), training=True, model_training=False) == 1
+    assert by_mode(norm(4), training=False, model_training=False) == 3
+    assert by_mode(norm(4), training=False, model_training=True) == 3
+    assert by_mode(untracked(4), training=False, model_training=False) == 1
+
+
+def test_who_asks_for_whole_batches_and_who_computes_otherwise_gets_them():
     asked = counting(nn.Identity())
     asked.whole_batches = True
     asked(MANY)
-    assert asked.towers.seen == [2049]
+    asked.whole_batches = False
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        asked(MANY)
+    asked.to("meta")(MANY.to("meta"))
+    assert asked.towers.seen == [2049] * 3
+
+
+KEPT = """
+import ctypes, sys
+import numpy as np
+from mtl_annotated.training import keep_memory
+class Facts(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+library = ctypes.CDLL(None)
+if not hasattr(library, "mallinfo2"):
+    sys.exit("no mallinfo2")
+library.mallinfo2.restype = Facts
+def mapped():
+    before = library.mallinfo2().hblks
+    block = np.empty(8 * 2**20, np.uint8)
+    return library.mallinfo2().hblks - before
+np.empty(2**10, np.uint8)
+first = mapped()
+keep_memory()
+print(first, mapped())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives memory back so")
+def test_memory_is_kept_after_the_first_large_block():
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    if "no mallinfo2" in done.stderr:
+        pytest.skip("this C library has no mallinfo2")
+    assert done.stdout.split() == ["1", "0"], done.stderr
 
 
 def test_predictions_are_probabilities_and_values():
@@ -1263,6 +1344,20 @@ def test_settings_that_change_no_weight_may_change(tmp_path, unchecked):
     assert same(state(again), state(whole))
     assert found.attrs == expected.attrs
     assert set(found.query("epoch == 4")["split"]) == {"batches", "valid", "test"}
+
+
+def test_rows_watched_beside_are_never_chosen_by():
+    turned = VALID.labels.clone()
+    turned[:, 0] = 1 - turned[:, 0]
+    once = {"epochs": 6, "learning_rate": 0.05, **QUIET}
+    alone, watched = model(), model()
+    expected = fit(alone, TRAIN, VALID, **once)
+    test = {"test": replace(VALID, labels=turned)}
+    found = fit(watched, TRAIN, VALID, also=test, **once)
+    assert same(state(watched), state(alone))
+    assert found.attrs == expected.attrs
+    scores = found.query("split == 'test' and task == 'click'")["loss"]
+    assert scores.argmin() != np.argmin(found.attrs["scores"])
 
 
 def test_groups_count_where_the_monitor_reads_them(tmp_path):
