@@ -26,6 +26,22 @@ def printed(name):
     return "\n".join(texts)
 
 
+def test_every_test_that_the_museum_names_is_there():
+    text = (BOOK / "museum.md").read_text(encoding="utf-8")
+    _, rooms = text.split("\n## Room 1", 1)
+    caught = re.findall(r"^- \*\*Caught by\*\*: (.*)$", rooms, re.MULTILINE)
+    assert len(caught) == rooms.count("\n### ") == 30
+    named = 0
+    for line in caught:
+        for name, file in re.findall(r"`(test_\w+)(\.py)?`", line):
+            if file:
+                source = (Path(__file__).parent / f"{name}.py").read_text()
+            else:
+                assert f"def {name}(" in source, name
+                named += 1
+    assert named > 40
+
+
 @pytest.fixture(scope="module")
 def gains():
     found = {
