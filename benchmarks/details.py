@@ -33,6 +33,8 @@ LOOKUPS = {
     "F.embedding": lambda table, rows: F.embedding(rows, table),
 }
 AT_ONCE = (256, 512, 1024, 2048, 4096, 8192)
+# So many that an epoch is long enough, and a batch far larger than any cache.
+MANY_EXPERTS = 64
 # An epoch of Adult has four batches of the largest size: too few beside fit's set-up.
 EPOCHS = 5
 VOCABULARIES = (3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
@@ -79,11 +81,11 @@ def check(table: Tensor, rows: Tensor) -> None:
 
 def in_pieces(work: Callable[[], object], size: int, rows: int) -> int:
     """Do the work with at most `size` rows at once; how many `rows` that were."""
-    usual, training.CACHED_ROWS = training.CACHED_ROWS, size
+    usual, training.ROWS_AT_ONCE = training.ROWS_AT_ONCE, (size, size)
     try:
         work()
     finally:
-        training.CACHED_ROWS = usual
+        training.ROWS_AT_ONCE = usual
     return rows
 
 
@@ -105,21 +107,27 @@ def tables_of_a_batch(command: Command, batch_size: int) -> None:
     compete(command, case, ways)
 
 
-def rows_at_once(command: Command, name: str) -> None:
-    """A line a number of rows, in batches of the largest; each has its own model."""
+def rows_at_once(
+    command: Command, name: str, epochs: int = EPOCHS, **sizes: int
+) -> None:
+    """A line a number of rows, in batches of the largest; each has its own model.
+
+    `sizes` are instead of the usual ones, and stand in the line.
+    """
     chosen, batch_size = command.rows[name == "ESMM"], AT_ONCE[-1]
     rows, quiet = chosen.train, {"train_metrics": False, "progress": False}
     work: dict[str, tuple[int, Callable[..., object]]] = {
-        "training": (EPOCHS, partial(mtl.fit, epochs=EPOCHS, **quiet)),
+        "training": (epochs, partial(mtl.fit, epochs=epochs, **quiet)),
         "scoring": (1, mtl.predict),
     }
-    for what, (epochs, doing) in work.items():
+    for what, (passes, doing) in work.items():
         case = {"suite": "details", "case": f"rows at once, {what}", "model": name}
+        case |= sizes
         ways = {}
         for size in AT_ONCE:
-            model = build(name, chosen.encoder)
+            model = build(name, chosen.encoder, {**SIZES[name], **sizes})
             one = partial(doing, model, rows, batch_size=batch_size)
-            ways[str(size)] = partial(in_pieces, one, size, epochs * len(rows))
+            ways[str(size)] = partial(in_pieces, one, size, passes * len(rows))
         compete(command, case | {"batch_size": batch_size}, ways)
 
 
@@ -252,6 +260,8 @@ def run(command: Command) -> None:
         tables_of_a_batch(command, batch_size)
     for name in command.models:
         rows_at_once(command, name)
+    if "MMoE" in command.models:
+        rows_at_once(command, "MMoE", epochs=1, experts=MANY_EXPERTS)
     check_updates()
     for batch_size in command.batch_sizes:
         for vocabulary in VOCABULARIES:

@@ -25,7 +25,7 @@ from benchmarks.networks import SIZES, build
 from benchmarks.store import Line
 from benchmarks.suites import Command, compare, here, ratio
 from mtl_annotated.shared_bottom import StackedMLP
-from mtl_annotated.training import CACHED_ROWS, batches
+from mtl_annotated.training import batches
 
 TRICKS = (
     "batches are slices of tensors",
@@ -36,7 +36,6 @@ TRICKS = (
     "towers side by side",
     "rows by index_select",
     "one pass of Adam",
-    "rows in pieces",
 )
 LEFT_OUT = (
     "ReLU in place",
@@ -132,14 +131,6 @@ class Variant(nn.Module):
 
     def forward(self, ids: Tensor, dense: Tensor) -> Tensor:
         x = self.features(ids, dense)
-        # As the package: a compiled program takes its rows as they come.
-        cut = "rows in pieces" in self.tricks and not torch.compiler.is_compiling()
-        if cut and len(x) > CACHED_ROWS:
-            return torch.cat([self.logits(rows) for rows in x.split(CACHED_ROWS)])
-        return self.logits(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """What comes after the features, `[batch, tasks]`."""
         experts = self.made(x)
         if "gates side by side" in self.tricks:
             weights = self.gates(x).softmax(2)
@@ -255,7 +246,7 @@ def check(
     cannot run: then it cannot be timed either.
     Raises: AssertionError where a gap is above 1e-10.
     """
-    few, model = batch[: CACHED_ROWS + 257].to(dtype=torch.float64), model.double()
+    few, model = batch[:321].to(dtype=torch.float64), model.double()
     parts = few.ids, few.dense, few.labels
     start = partial(plain.copy_of, model, "MMoE", SIZES["MMoE"], encoder)
     reference, gaps = start(), {}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from math import ceil, inf, isfinite, isnan, nan
+from math import ceil, inf, isfinite, isnan, nan, prod
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, final
@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from sklearn.exceptions import UndefinedMetricWarning
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
@@ -116,15 +117,17 @@ class Ranker(nn.Module):
     def split_rows(
         self, features: Float[Tensor, "batch width"]
     ) -> Sequence[Float[Tensor, "_ width"]]:
-        """The rows, on a CPU at most `CACHED_ROWS` at once where that changes nothing."""
+        """The rows, on a CPU as many at once as it caches, where that changes nothing."""
         # Asked first: a traced program must not learn how many rows there are.
         if torch.compiler.is_compiling() or features.device.type != "cpu":
             return [features]
-        if len(features) <= CACHED_ROWS or torch.is_autocast_enabled("cpu"):
+        least, most = ROWS_AT_ONCE
+        if len(features) <= least or torch.is_autocast_enabled("cpu"):
             return [features]
         if self.whole_batches or any(map(normalizes_rows, self.modules())):
             return [features]
-        return features.chunk(-(-len(features) // CACHED_ROWS))
+        fitting = CACHED_NUMBERS // widest_layer(self.trunk, self.towers)
+        return features.chunk(-(-len(features) // min(max(fitting, least), most)))
 
     def labels(self, batch: Batch) -> Float[Tensor, "batch tasks"]:
         """The label columns of the model's own tasks."""
@@ -186,8 +189,19 @@ class Ranker(nn.Module):
             )
 
 
-# `python -m benchmarks details` measures it.
-CACHED_ROWS = 1024
+# `python -m benchmarks details` measures them.
+ROWS_AT_ONCE = (512, 4096)
+CACHED_NUMBERS = 2**21
+
+
+# Chapter 'Training', section 'The smallest model'
+def widest_layer(*parts: nn.Module) -> int:
+    """The most numbers that one matrix of these parts makes of a row."""
+    parameters = (each for part in parts for each in part.parameters())
+    matrices = (each for each in parameters if not is_lazy(each) and each.ndim > 1)
+    return max((prod(matrix.shape[:-1]) for matrix in matrices), default=1)
+
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 

@@ -526,36 +526,15 @@ def test_replicas_end_where_each_model_ends_alone(study):
     assert replicas.check(study) < 1e-10
 
 
-class Watched:
-    """Stands for `Variant.logits`, and notes how many rows each call has."""
-
-    def __init__(self):
-        self.rows, self.inner = [], tricks.Variant.logits
-
-    def __get__(self, variant, _):
-        def logits(x):
-            self.rows.append(len(x))
-            return self.inner(variant, x)
-
-        return logits
-
-
 UNCOMPILED = tuple(n for n, _ in tricks.ladder() if n != "torch.compile")
 
 
 def test_every_trick_computes_the_plain_loop_s_gradients(monkeypatch):
-    monkeypatch.setattr(tricks, "CACHED_ROWS", 64)
-    monkeypatch.setattr(tricks.Variant, "logits", watched := Watched())
     rows = random_rows(400, 50)
     model = networks.build("MMoE", rows.encoder)
     gaps = tricks.check(model, rows.encoder, rows.train, UNCOMPILED)
     assert set(gaps) == set(UNCOMPILED)
     assert all(gap < 1e-10 for gap in gaps.values())
-    pieces = UNCOMPILED[UNCOMPILED.index("rows in pieces") :]
-    assert watched.rows == [321] * (len(UNCOMPILED) - len(pieces)) + [
-        *[64] * 5,
-        1,
-    ] * len(pieces)
     backward = tricks.ExpertBank.backward
 
     def swapped(context, *gradients):
@@ -705,18 +684,18 @@ def test_details_compare_lookups_rows_at_once_updates_and_products(
     asked, forward = set(), mtl.Ranker.forward
 
     def watched(self, batch):
-        asked.add((type(self).__name__, self.training, training.CACHED_ROWS))
+        asked.add((type(self).__name__, self.training, training.ROWS_AT_ONCE[0]))
         return forward(self, batch)
 
     monkeypatch.setattr(mtl.Ranker, "forward", watched)
     monkeypatch.setattr(details, "memory", lambda _: None)
     details.run(command)
-    assert training.CACHED_ROWS == 1024
+    assert training.ROWS_AT_ONCE == (512, 4096)
     variants = product(("MMoE", "ESMM"), (True, False), (32, 4096))
     assert asked == set(variants)
     assert [line["variant"] for line in command.lines] == [
         *details.LOOKUPS,
-        *["32", "4096"] * 4,
+        *["32", "4096"] * 6,
         "by row",
         "dense",
         "by row",

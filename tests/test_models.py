@@ -448,7 +448,7 @@ def test_rows_in_pieces_change_neither_losses_nor_slopes(name, by_row, monkeypat
     model, found = ALL[name](encoder).double(), []
     widths = [int(width) for width in model.embedding.weights] if by_row else []
     for most in (5, 23):
-        monkeypatch.setattr(training, "CACHED_ROWS", most)
+        monkeypatch.setattr(training, "ROWS_AT_ONCE", (most, most))
         assert len(model.split_rows(torch.zeros(23, 1))) == (5 if most == 5 else 1)
         model.zero_grad()
         with big_tables.by_row(model.embedding, widths):

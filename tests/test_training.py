@@ -176,13 +176,21 @@ def counting(trunk: nn.Module) -> Ranker:
     return asked
 
 
+class Wide(nn.Identity):
+    """A layer of this many units, on the device that has no memory."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(units, 3, device="meta"))
+
+
 MANY = ENCODER.transform(table(2049)).to(dtype=torch.float64)
 
 
 def test_a_large_batch_goes_through_in_pieces_and_nothing_else_changes(monkeypatch):
     asked, found = counting(nn.Identity()), {}
     for most in (1024, 2049):
-        monkeypatch.setattr(training, "CACHED_ROWS", most)
+        monkeypatch.setattr(training, "ROWS_AT_ONCE", (most, most))
         asked.zero_grad()
         asked.towers.seen = []
         logits = asked(MANY)
@@ -195,8 +203,26 @@ def test_a_large_batch_goes_through_in_pieces_and_nothing_else_changes(monkeypat
         torch.testing.assert_close(cut, whole, rtol=0, atol=1e-14)
     asked.towers.seen = []
     monkeypatch.undo()
-    asked(MANY[:1024]), asked(MANY[:1025]), asked(MANY[:0])
-    assert asked.towers.seen == [1024, 513, 512, 0]
+    # Layers of 2,048 numbers a row: 1,024 rows of them are two million.
+    asked.trunk = Wide(2048)
+    asked(MANY[:512]), asked(MANY[:1024]), asked(MANY[:1025]), asked(MANY[:0])
+    assert asked.towers.seen == [512, 1024, 513, 512, 0]
+
+
+def test_a_layer_that_waits_for_its_first_rows_gets_them():
+    asked = counting(nn.LazyLinear(4, dtype=torch.float64))
+    asked(MANY)
+    assert asked.towers.seen == [2049]
+
+
+@pytest.mark.parametrize(
+    ("width", "pieces"),
+    [(1, [2049]), (1100, [1025, 1024]), (2048, [683] * 3), (10**6, [410] * 4 + [409])],
+)
+def test_a_wider_layer_gets_fewer_rows_at_once(width, pieces):
+    asked = counting(Wide(width))
+    asked(MANY)
+    assert asked.towers.seen == pieces
 
 
 def rows_with(gap):
@@ -266,7 +292,7 @@ def test_labels_that_a_model_makes_may_have_gaps(kind):
 
 
 def by_mode(layer, training, model_training):
-    asked = counting(layer.double())
+    asked = counting(nn.Sequential(layer.double(), Wide(2048)))
     asked.train(model_training)
     asked.trunk.train(training)
     asked(MANY)
@@ -283,7 +309,7 @@ def test_batch_normalization_sees_a_batch_as_a_whole_where_it_reads_it():
 
 
 def test_who_asks_for_whole_batches_and_who_computes_otherwise_gets_them():
-    asked = counting(nn.Identity())
+    asked = counting(Wide(2048))
     asked.whole_batches = True
     asked(MANY)
     asked.whole_batches = False
